@@ -1,0 +1,88 @@
+"""Whole training steps on random tokens: tokens per second, peak memory, optimizer time, warm-up. One JSON line.
+
+    python -m benchmarks.step --depth 24 --batch 16 --accumulation 8 [--steps 20] [--window-pattern L] [--precision bf16]
+
+The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
+first two steps, compilation included, imports and model initialization not. Medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+
+from nanochat.adamw import AdamW
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import Muon
+from nanochat.param_groups import groups, owned, ownership
+from nvfp8.precision import bf16, fp32
+
+
+def main() -> None:
+    """Parse flags, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--accumulation", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--window-pattern", default="L")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
+    with torch.device("meta"):
+        model = GPT(config, {"bf16": bf16, "fp32": fp32}[args.precision]())
+    model.to_empty(device=device)
+    model.init_weights()
+    tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    optimizer_ms = []
+    all_groups = groups(model, config, weight_decay=0.28)
+    owner = ownership(all_groups, 1)
+    optimizers = (AdamW(owned(all_groups, "adamw", owner, 0)), Muon(owned(all_groups, "muon", owner, 0), torch.bfloat16))
+
+    def step() -> torch.Tensor:
+        for _ in range(args.accumulation):
+            loss = model(inputs, targets, 1 / args.accumulation)
+            loss.backward()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.cuda.synchronize()
+        optimizer_ms.append(1e3 * (time.perf_counter() - start))
+        model.zero_grad(set_to_none=True)
+        return loss * args.accumulation
+
+    start = time.perf_counter()
+    step(), step()
+    torch.cuda.synchronize()
+    warm = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rate = args.batch * config.sequence_len * args.accumulation / statistics.median(seconds)
+    print(
+        json.dumps(
+            {
+                "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
+                "precision": args.precision, "attention": model.attention_backend, "tok_s": round(rate),
+                "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1), "warm_s": round(warm, 1),
+                "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

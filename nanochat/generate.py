@@ -1,0 +1,84 @@
+"""Text from a trained model: a KV cache, sampling, and the loop that joins them.
+
+The cache holds keys and values of each layer, and the last un-smeared embedding, which the next token's smear reads.
+With it a step costs one token's forward, and its logits equal those of a forward over the whole text.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nvfp8.attention import band_mask, masked_attention
+
+if TYPE_CHECKING:
+    from nanochat.gpt import GPT
+
+
+class KVCache:
+    """Keys and values (layers, B, capacity, K, E) of the tokens seen so far."""
+
+    def __init__(self, model: "GPT", batch: int, capacity: int):
+        """Allocate room for `capacity` positions on the model's device, in its stream's dtype."""
+        config = model.config
+        shape = (config.n_layer, batch, capacity, config.n_kv_head, config.head_dim)
+        self.keys = torch.empty(shape, dtype=model.cos.dtype, device=model.cos.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+        self._embedding: Tensor | None = None
+
+    def swap_embedding(self, last: Tensor) -> Tensor | None:
+        """Keep the newest un-smeared embedding (B, 1, D); return the one kept before, None at the start."""
+        previous, self._embedding = self._embedding, last
+        return previous
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Store k and v (B, T, K, E) at the cache's end and attend with q (B, T, H, E) over all it holds."""
+        end = self.length + q.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the KV cache holds {self.keys.shape[2]} positions, {end} are needed")
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        start = max(0, self.length - window)  # earlier keys are out of every query's sight
+        positions = torch.arange(end, device=q.device)
+        mask = band_mask(positions[self.length :], positions[start:], window)
+        return masked_attention(q, self.keys[layer, :, start:end], self.values[layer, :, start:end], mask)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more positions, after every layer has stored them."""
+        self.length += tokens
+
+
+@torch.inference_mode()
+def generate(
+    model: "GPT", prompt: list[int], max_tokens: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 42
+) -> Iterator[int]:
+    """Sample a continuation, token by token.
+
+    Args:
+        model: the model; the text is cut at its rotary tables' length.
+        prompt: token ids, at least one.
+        max_tokens: how many to produce at most.
+        temperature: 0 takes the likeliest token.
+        top_k: sample among the k likeliest; 0 among all.
+        seed: of the sampler alone.
+
+    Yields:
+        The sampled ids.
+    """
+    device = model.cos.device
+    capacity = min(len(prompt) + max_tokens, model.cos.shape[0])
+    cache = KVCache(model, 1, capacity)
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.tensor([prompt[-(capacity - 1) :]], device=device)
+    for _ in range(min(max_tokens, capacity - ids.shape[1])):
+        logits = model.logits(ids, cache, last=True)[0, -1]
+        if temperature == 0:
+            token = logits.argmax()
+        else:
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = float("-inf")
+            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
+        yield int(token)
+        ids = token.view(1, 1)

@@ -1,0 +1,305 @@
+"""nanochat's GPT: rotary, QK norm, relu², value embeddings, smear, residual lambdas, backout, softcapped untied head.
+
+The architecture and every parameter name are karpathy/nanochat's (commit 92d63d4), so checkpoints move both ways. The
+layers come from a `Precision`; this file says how they are joined and what values they start from, and names no dtype.
+
+Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.generate import KVCache
+from nvfp8.attention import causal_attention, choose_backend, project_heads
+from nvfp8.precision import Precision
+
+ROTARY_BASE = 100_000
+SOFTCAP = 15.0
+SMEAR_CHANNELS = 24
+GATE_CHANNELS = 12
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; nanochat's fields and defaults."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a shape that cannot be built, saying what to change."""
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must divide n_embd {self.n_embd}, and n_kv_head {self.n_kv_head} n_head")
+        if self.head_dim % 2:
+            raise ValueError(f"head dimension {self.head_dim} is odd: rotary needs two halves")
+        if self.n_embd < SMEAR_CHANNELS:
+            raise ValueError(f"n_embd {self.n_embd} is too small: the smear gate reads {SMEAR_CHANNELS} channels")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise ValueError(f"window pattern {self.window_pattern!r} is not made of S and L")
+
+    @staticmethod
+    def from_depth(
+        depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, sequence_len: int = 2048, vocab_size: int = 32768,
+        window_pattern: str = "SSSL",
+    ) -> "GPTConfig":  # fmt: skip
+        """The model of a given depth: width depth·aspect_ratio, rounded up to whole heads.
+
+        Raises:
+            ValueError: a number below 1, or a shape that cannot be built.
+        """
+        for name, value in (("depth", depth), ("aspect ratio", aspect_ratio), ("head dim", head_dim)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        heads = -(-depth * aspect_ratio // head_dim)
+        return GPTConfig(sequence_len, vocab_size, depth, heads, heads, heads * head_dim, window_pattern)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables and the head: the vocabulary rounded up to a multiple of 64."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def window(self, layer: int) -> int:
+        """How many earlier positions `layer` sees: all (L), or a quarter rounded up to 128 (S); the last layer sees all."""
+        kind = self.window_pattern.upper()[layer % len(self.window_pattern)]
+        if kind == "L" or layer == self.n_layer - 1:
+            return self.sequence_len
+        return -(-self.sequence_len // 4 // 128) * 128
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer, the last included."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+
+class Attention(nn.Module):
+    """Norm, projections, rotary, windowed attention and output projection, added to the stream."""
+
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision):
+        super().__init__()
+        self.heads = config.n_head, config.n_kv_head
+        self.window = config.window(layer)
+        kv_width = config.n_kv_head * config.head_dim
+        self.c_q = precision.linear(config.n_embd, config.n_embd)
+        self.c_k = precision.linear(config.n_embd, kv_width)
+        self.c_v = precision.linear(config.n_embd, kv_width)
+        self.c_proj = precision.linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = precision.linear(GATE_CHANNELS, config.n_kv_head)
+        self.qkv = precision.norm_linear(self.c_q, self.c_k, self.c_v)
+
+    def forward(
+        self, x: Tensor, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor, table: Tensor | None,
+        backend: str, cache: KVCache | None, layer: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
+        gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
+        q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids)
+        if cache is None:
+            out = causal_attention(q, k, v, self.window, backend)
+        else:
+            out = cache.attend(layer, q, k, v, self.window)
+        return self.c_proj(out.flatten(2), add_to=stream), x0
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each adding to the stream."""
+
+    def __init__(self, config: GPTConfig, layer: int, precision: Precision):
+        super().__init__()
+        self.attn = Attention(config, layer, precision)
+        self.mlp = precision.mlp(config.n_embd, 4 * config.n_embd)
+
+
+class GPT(nn.Module):
+    """The model. Build it under `torch.device("meta")` for shapes only, or anywhere and call `init_weights`."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, precision: Precision, attention: str = "auto"):
+        """Allocate all parameters, uninitialized.
+
+        Args:
+            config: the shape.
+            precision: makes the layers.
+            attention: attention backend, resolved for the parameters' device when first used.
+        """
+        super().__init__()
+        self.config, self.precision, self.attention = config, precision, attention
+        layers = range(config.n_layer)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": precision.embedding(config.padded_vocab, config.n_embd),
+                "h": nn.ModuleList([Block(config, layer, precision) for layer in layers]),
+            }
+        )
+        self.ln_embed = precision.norm()
+        self.ln_f = precision.norm()
+        self.lm_head = precision.head(config.n_embd, config.vocab_size, config.padded_vocab, SOFTCAP)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.smear_gate = precision.linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        kv_width = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(i): precision.embedding(config.padded_vocab, kv_width) for i in layers if config.has_value_embedding(i)}
+        )
+        cos, sin = self._rotary_tables(config.sequence_len)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (length, E/2) in the stream's dtype, computed in fp32."""
+        weight = self.transformer["wte"].weight
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=weight.device)
+        frequencies = ROTARY_BASE ** -(channels / self.config.head_dim)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=weight.device), frequencies)
+        return angles.cos().to(weight.dtype), angles.sin().to(weight.dtype)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 42) -> None:
+        """Give every parameter its initial value: the one initializer, the same on every rank.
+
+        Args:
+            seed: seeds a generator of the parameters' device; the global generators stay as they are.
+        """
+        generator = torch.Generator(self.resid_lambdas.device).manual_seed(seed)
+        bound = (3 / self.config.n_embd) ** 0.5  # uniform with standard deviation 1/√D
+
+        def uniform(weight: Tensor, low: float, high: float) -> None:
+            weight.uniform_(low, high, generator=generator)
+
+        self.transformer["wte"].weight.normal_(0, 0.8, generator=generator)
+        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+        for block in self.blocks:
+            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                uniform(projection.weight, -bound, bound)
+            uniform(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if hasattr(block.attn, "ve_gate"):
+                uniform(block.attn.ve_gate.weight, 0, 0.02)
+        for table in self.value_embeds.values():
+            uniform(table.weight, -bound, bound)
+        uniform(self.smear_gate.weight, 0, 0.02)
+        layers, device = self.config.n_layer, self.resid_lambdas.device
+        position = torch.arange(layers, device=device) / max(layers - 1, 1)
+        self.resid_lambdas.copy_(1.15 - 0.10 * position)
+        self.x0_lambdas.copy_(0.20 - 0.15 * position)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+        self.reset_rotary()
+
+    def reset_rotary(self, length: int | None = None) -> None:
+        """Recompute the rotary tables (not part of a checkpoint) on the parameters' device, for `length` positions."""
+        self.cos, self.sin = self._rotary_tables(length or self.config.sequence_len)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks in order."""
+        return list(self.transformer["h"])  # type: ignore[arg-type]
+
+    @property
+    def attention_backend(self) -> str:
+        """The attention backend that runs on this device in this precision."""
+        return choose_backend(self.cos.device.type, self.cos.dtype, self.attention)
+
+    def _stream(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T) token ids -> (B, T, D), the normalized stream before the head."""
+        start = 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        if end > self.cos.shape[0]:
+            raise ValueError(f"position {end} is beyond the rotary tables of {self.cos.shape[0]}: call reset_rotary({end})")
+        rotary = self.cos[start:end], self.sin[start:end]
+        backend = self.attention_backend
+        embedded = self.ln_embed(self.transformer["wte"](ids))
+        x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
+        lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()
+        middle = None
+        for layer, block in enumerate(self.blocks):
+            table = self.value_embeds[str(layer)].weight if str(layer) in self.value_embeds else None
+            x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, backend, cache, layer)
+            x = block.mlp(x)
+            if layer == self.config.n_layer // 2:
+                middle = x
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.ln_f(x - self.backout_lambda.to(x.dtype) * middle)  # type: ignore[no-any-return]
+
+    def _smear(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x[t] + λ·σ(gate(x[t, :24]))·x[t−1]; `previous` (B, 1, D) is what came before x[0], None at the start of a text."""
+        before = torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), 1)
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * before
+
+    def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """Training loss.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64, −1 ignored.
+            scale: factor of the loss, known beforehand (1 / accumulation steps / ranks).
+
+        Returns:
+            0-d fp32: mean cross-entropy in nats, times `scale`; its backward may run once.
+        """
+        x = self._stream(ids, None)
+        return self.lm_head.loss(x.flatten(0, 1), targets.flatten(), scale)  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each token (B, T) fp32 in nats, 0 where the target is −1; no gradient."""
+        x = self._stream(ids, None)
+        return self.lm_head.token_losses(x.flatten(0, 1), targets.flatten()).view_as(targets)  # type: ignore[operator, no-any-return]
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
+        """Softcapped logits in fp32, without padding; for generation and comparison, not for training.
+
+        Args:
+            ids: (B, T) int64; with a cache, the tokens that follow those it holds.
+            cache: keys and values of the tokens before, extended by this call.
+            last: only the last position.
+
+        Returns:
+            (B, T, V), or (B, 1, V) with `last`.
+        """
+        x = self._stream(ids, cache)
+        return self.lm_head.logits(x[:, -1:] if last else x)  # type: ignore[operator, no-any-return]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by group and in total; depends on the shape alone, whatever the precision."""
+        counts = dict.fromkeys(("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars"), 0)
+        groups = {"transformer.wte": "wte", "value_embeds": "value_embeds", "lm_head": "lm_head", "transformer.h": "transformer_matrices"}
+        for name, parameter in self.named_parameters():
+            group = next((group for prefix, group in groups.items() if name.startswith(prefix + ".")), "scalars")
+            counts[group] += parameter.numel()
+        counts["total"] = sum(counts.values())
+        return counts
+
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs of one token: 6 per parameter of a matmul, 12·H·E·window per layer of attention.
+
+        The count of PaLM (arXiv 2204.02311), with a window in place of the sequence where it is shorter.
+        """
+        counts = self.parameter_counts()
+        matmul = counts["transformer_matrices"] + counts["lm_head"] + self.smear_gate.weight.numel()
+        windows = [min(self.config.window(layer), self.config.sequence_len) for layer in range(self.config.n_layer)]
+        return 6 * matmul + 12 * self.config.n_embd * sum(windows)

@@ -1,0 +1,56 @@
+"""How long and with what batch a run trains: nanochat's scaling rules applied to a model's shape."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat import schedule
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.train_config import TrainConfig
+
+# Hyperparameters were tuned at this depth; batch and weight decay are scaled from it.
+REFERENCE_DEPTH = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from flags and shape.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch_tokens: tokens of one step, all ranks together.
+        accumulation: micro-batches of one step on each rank.
+        weight_decay: Muon's, scaled, before its schedule.
+    """
+
+    steps: int
+    batch_tokens: int
+    accumulation: int
+    weight_decay: float
+
+
+def _scaling_parameters(model: GPT) -> int:
+    counts = model.parameter_counts()
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+def make_plan(config: TrainConfig, model: GPT, world: int) -> Plan:
+    """Plan a run of `model` on `world` ranks.
+
+    Raises:
+        BadInput: nothing sets the horizon, or micro-batches do not divide the batch.
+    """
+    shape = GPTConfig.from_depth(
+        REFERENCE_DEPTH, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
+        vocab_size=model.config.vocab_size, window_pattern=config.window_pattern,
+    )  # fmt: skip
+    with torch.device("meta"):
+        reference = _scaling_parameters(GPT(shape, model.precision))
+    scaling = _scaling_parameters(model)
+    batch = config.total_batch_size if config.total_batch_size != -1 else schedule.batch_tokens(scaling, reference)
+    accumulation = schedule.accumulation_steps(batch, config.device_batch_size, config.max_seq_len, world)
+    steps = schedule.horizon(
+        num_iterations=config.num_iterations, target_flops=config.target_flops, ratio=config.target_param_data_ratio,
+        scaling_params=scaling, flops_per_token=model.flops_per_token(), batch_tokens=batch,
+    )  # fmt: skip
+    return Plan(steps, batch, accumulation, schedule.scaled_weight_decay(config.weight_decay, batch, scaling, reference))

@@ -1,0 +1,379 @@
+"""Pretraining, from flags to a finished run: build everything once, then one straight loop.
+
+Each step: micro-batches accumulate gradients, ranks sum them, the optimizers update what their rank owns. Loss, gradient norm
+and whether all was finite come back to the host in between, the only moment the GPU and Python wait for each other. A step
+with a non-finite loss or gradient is not applied.
+
+A step begins with what is due before it (validation, sample, checkpoint), so the checkpoint of step n is the state after n
+updates, and a run resumed from it goes on as if it had never stopped.
+"""
+
+import gc
+import itertools
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint, parallel, report, schedule
+from nanochat.adamw import AdamW
+from nanochat.build import build_model, check_tokenizer, choose_precision, config_of, load_weights
+from nanochat.dataloader import BatchLoader
+from nanochat.dataset import base_dir, resolve
+from nanochat.errors import BadInput
+from nanochat.evaluate import bits_per_byte
+from nanochat.generate import generate
+from nanochat.gpt import GPTConfig
+from nanochat.metrics import Metrics, StepRecord
+from nanochat.muon import Muon
+from nanochat.param_groups import groups, owned, ownership, set_hyperparameters
+from nanochat.plan import make_plan
+from nanochat.shards import open_or_build, unigram_bits_per_byte
+from nanochat.signals import StopRequest
+from nanochat.tokenizer import Tokenizer
+from nanochat.train_config import TrainConfig
+from nvfp8 import hardware
+
+PROMPTS = ("", "The ", "def ", "import ")
+SAMPLE_TOKENS = 32
+WARMUP_STEPS = 3  # of this process: kernels are compiled, memory is taken; they say nothing about its speed
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must know of the loop besides tensors.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        best_bpb: lowest validation loss, bits per byte.
+        bad_steps: non-finite steps in a row.
+        seconds: time spent training, evaluation and checkpoints not counted.
+    """
+
+    step: int = 0
+    best_bpb: float = math.inf
+    bad_steps: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """One training run on one rank: what was built, and what is done with it."""
+
+    def __init__(self, config: TrainConfig, world: parallel.World):
+        """Build data, model and optimizers, and load the checkpoint to resume from.
+
+        Raises:
+            BadInput: something the flags ask for cannot be had.
+        """
+        self.config, self.world = config, world
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        precision, why = choose_precision(config.precision, world.device.type)
+        self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
+        source = resolve(config.data)
+        self.store = open_or_build(source, self.tokenizer, base_dir() / "shards")
+        self.token_bytes = self.tokenizer.token_bytes().to(world.device)
+        try:
+            shape = GPTConfig.from_depth(
+                config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
+                vocab_size=self.tokenizer.vocab_size, window_pattern=config.window_pattern,
+            )  # fmt: skip
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        self.model = build_model(shape, precision, world.device, config.attention, config.seed)
+        self.plan = make_plan(config, self.model, world.size)
+        self._build_optimizers()
+        self.directory = base_dir() / "base_checkpoints" / config.tag
+        self.progress = Progress()
+        loader_state = self._resume()
+        moved = self._move_earlier_run()
+        self.start_step = self.progress.step
+        self.batches = self._loader("train", loader_state)
+        self.metrics = self._open_metrics() if world.rank == 0 else None
+        self._introduce(why, source.describe())
+        if moved is not None:
+            self.say(f"{self.directory} held an earlier run: it is now {moved} (--resume would have gone on with it)")
+
+    def _build_optimizers(self) -> None:
+        config, model = self.config, self.model
+        all_groups = groups(
+            model, model.config, embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr,
+            matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr, weight_decay=self.plan.weight_decay,
+            batch_lr_scale=schedule.batch_lr_scale(self.plan.batch_tokens),
+        )  # fmt: skip
+        self.parameters = dict(model.named_parameters())
+        self.owner = ownership(all_groups, self.world.size)
+        mine = {kind: owned(all_groups, kind, self.owner, self.world.rank) for kind in ("adamw", "muon")}
+        self.optimizers = (AdamW(mine["adamw"]), Muon(mine["muon"], model.precision.compute_dtype))
+
+    @property
+    def _resuming(self) -> bool:
+        return self.config.resume or self.config.resume_from_step >= 0
+
+    def _resume(self) -> dict[str, object] | None:
+        """Load weights, optimizer state, progress and random state if asked; return the data position."""
+        config = self.config
+        if not self._resuming:
+            return None
+        path, failure = None, None
+        if self.world.rank == 0:  # it reads and hashes every file: once is enough
+            try:
+                step = None if config.resume else config.resume_from_step
+                path = str(checkpoint.find(self.directory, step).path)
+            except BadInput as error:
+                failure = error
+        path = parallel.from_rank_0(path)
+        if path is None:
+            raise failure or BadInput("rank 0 found no checkpoint to resume from, see its error")
+        saved = checkpoint.Checkpoint(Path(path))
+        if config_of(saved) != self.model.config:
+            raise BadInput(f"{path} holds another shape, {config_of(saved)}: give its --depth and the like, or another --model-tag")
+        check_tokenizer(self.tokenizer, saved)
+        if saved.state.get("data", {}).get("fingerprint") != self.store.fingerprint:
+            raise BadInput(f"{path} was trained on other data than --data {config.data} now holds; start anew under another --model-tag")
+        load_weights(self.model, saved)
+        state = saved.optimizer()
+        for optimizer in self.optimizers:
+            optimizer.load_state_tensors(state)
+        self.progress = Progress(**saved.state["progress"])
+        checkpoint.set_rng_state(saved.state["rng"])
+        return saved.state["data"]["position"]  # type: ignore[no-any-return]
+
+    def _move_earlier_run(self) -> Path | None:
+        """A run that starts anew leaves an earlier one of the same tag whole, under another name."""
+        moved = None
+        if self.world.rank == 0 and not self._resuming and self.directory.exists():
+            taken = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
+            moved = next(path for path in taken if not path.exists())
+            self.directory.rename(moved)
+        parallel.barrier()
+        return moved
+
+    def _loader(self, split: str, state: dict[str, object] | None = None) -> BatchLoader:
+        return BatchLoader(
+            self.store.split(split), self.config.device_batch_size, self.config.max_seq_len, rank=self.world.rank,
+            world_size=self.world.size, device=self.world.device, seed=self.config.seed, state=state,
+        )  # fmt: skip
+
+    def _open_metrics(self) -> Metrics:
+        name = None if self.config.run == "dummy" else self.config.run
+        asked = {**asdict(self.config), "plan": asdict(self.plan), "model": asdict(self.model.config), **self._layers()}
+        return Metrics(self.directory, self.plan.steps, asked, wandb_run=name, start_step=self.start_step)
+
+    def _layers(self) -> dict[str, str]:
+        """What every part of the model really runs in."""
+        return {**self.model.precision.describe(), "attention": self.model.attention_backend}
+
+    def say(self, text: str) -> None:
+        """Print and record a line, on rank 0."""
+        if self.metrics is not None:
+            self.metrics.message(text)
+
+    def _introduce(self, why: str, data: str) -> None:
+        model, plan, config = self.model, self.plan, self.config
+        device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
+        counts = ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
+        self.say(f"device: {self.world.size} x {device}; precision {model.precision.name} ({why})")
+        self.say("runs: " + "; ".join(f"{part} {what}" for part, what in self._layers().items()))
+        self.say(f"data: {data}; tokenizer: {self.tokenizer.vocab_size:,} entries")
+        self.say(f"parameters: {counts}; {model.flops_per_token():.3g} FLOPs per token")
+        self.say(
+            f"plan: {plan.steps:,} steps of {plan.batch_tokens:,} tokens ({plan.accumulation} x {config.device_batch_size} rows x "
+            f"{config.max_seq_len} tokens x {self.world.size} ranks), Muon's weight decay {plan.weight_decay:.4g}"
+        )
+        if config.core_metric_every > 0:
+            self.say("CORE is not evaluated here: --core-metric-every has no effect (-1 silences this line)")
+        if self.start_step:
+            self.say(f"resumed from {self.directory} at step {self.start_step}")
+
+    def loop(self) -> None:
+        """Train to the end, or to a signal.
+
+        Raises:
+            SystemExit: 1 after too many non-finite steps in a row, 128 + number after a signal.
+        """
+        try:
+            with StopRequest() as request:
+                while self.progress.step < self.plan.steps:
+                    self._before_step(self.progress.step, request)
+                    self._step()
+                self._before_step(self.plan.steps, request)
+            self._finish()
+        finally:
+            self.batches.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _before_step(self, step: int, request: StopRequest) -> None:
+        """Do what is due after `step` updates; leave the loop here if a signal asked for it."""
+        config, last = self.config, step == self.plan.steps
+        stop = parallel.any_rank(request.signal is not None)
+        fresh = step != self.start_step or step == 0 or last
+        if config.eval_every > 0 and not stop and fresh and (last or step % config.eval_every == 0):
+            self._evaluate()
+        if config.sample_every > 0 and not stop and fresh and step > 0 and (last or step % config.sample_every == 0):
+            self._sample()
+        due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
+        if (due or stop) and (step != self.start_step or step == 0):
+            self._save()
+        if stop:
+            signal = request.signal
+            self.say(f"stopped by {signal.name if signal else 'a signal to another rank'}: saved step {step}; --resume goes on from it")
+            sys.exit(128 + (signal.value if signal else 15))
+
+    def _step(self) -> None:
+        """One update from `accumulation` micro-batches, and its record."""
+        start = time.perf_counter()
+        step, plan, config = self.progress.step, self.plan, self.config
+        loss_sum = torch.zeros((), device=self.world.device)
+        for _ in range(plan.accumulation):
+            inputs, targets = next(self.batches)
+            loss = self.model(inputs, targets, 1 / (plan.accumulation * self.world.size))
+            loss.backward()
+            loss_sum += loss.detach()
+        parallel.reduce_gradients(self.parameters, self.owner)
+        gradients = parallel.check_gradients(self.parameters, self.owner)
+        loss_value = float(parallel.total(loss_sum))
+        bad = gradients.bad or (None if math.isfinite(loss_value) else "the loss")
+        multiplier = schedule.lr_multiplier(
+            step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
+        )
+        if bad is None:
+            self._update(multiplier)
+        self.model.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.progress.step += 1
+        self.progress.seconds += seconds
+        self._record(step, loss_value, multiplier, seconds, gradients.norm)
+        self._count_bad(step, bad)
+        if step == self.start_step:
+            # Python's collector scans for cycles for up to half a second at a time and finds nothing.
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+
+    def _update(self, multiplier: float) -> None:
+        step, plan = self.progress.step, self.plan
+        for optimizer in self.optimizers:
+            set_hyperparameters(
+                optimizer.param_groups,
+                lr_multiplier=multiplier,
+                muon_momentum=schedule.muon_momentum(step, plan.steps, self.config.warmdown_ratio),
+                muon_weight_decay=schedule.muon_weight_decay(step, plan.steps, plan.weight_decay),
+            )
+            optimizer.step()
+        parallel.broadcast_parameters(self.parameters, self.owner)
+
+    def _count_bad(self, step: int, bad: str | None) -> None:
+        progress = self.progress
+        progress.bad_steps = 0 if bad is None else progress.bad_steps + 1
+        if bad is None:
+            return
+        what = bad if bad == "the loss" else f"the gradient of {bad}"
+        self.say(f"step {step}: {what} is not finite, the step is not applied ({progress.bad_steps} in a row)")
+        if progress.bad_steps >= self.config.max_bad_steps:
+            self.say(f"stopping after {progress.bad_steps} such steps; the last good checkpoint in {self.directory} is as it was")
+            sys.exit(1)
+
+    def _record(self, step: int, loss: float, multiplier: float, seconds: float, norm: float) -> None:
+        if self.metrics is None:
+            return
+        rate = self.plan.batch_tokens / seconds
+        done = step + 1 - self.start_step
+        if done <= WARMUP_STEPS:
+            self._timed_from = time.perf_counter()
+        elapsed = time.perf_counter() - self._timed_from
+        left = self.plan.steps - step - 1
+        self.metrics.step(
+            StepRecord(
+                step=step, loss=loss, lr_multiplier=multiplier, seconds=seconds, tokens=self.plan.batch_tokens,
+                tokens_per_second=rate,
+                mfu=self._mfu(rate),
+                memory_gib=self._memory_gib(),
+                eta_seconds=None if done <= WARMUP_STEPS else elapsed / (done - WARMUP_STEPS) * left,
+                epoch=self.batches.epoch, grad_norm=norm,
+            )
+        )  # fmt: skip
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOP/s over the bf16 peak of all devices."""
+        peaks = hardware.peaks(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
+        if peaks is None:
+            return None
+        return tokens_per_second * self.model.flops_per_token() / (peaks.bf16 * self.world.size)
+
+    def _memory_gib(self) -> float:
+        """Peak so far: of the GPU's allocator, or of this process."""
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+    def _evaluate(self) -> None:
+        config = self.config
+        micro_tokens = config.device_batch_size * config.max_seq_len * self.world.size
+        tokens = min(config.eval_tokens, int(self.store.split("val").lengths.sum()))
+        batches = self._loader("val")
+        try:
+            bpb = bits_per_byte(self.model, batches, max(1, tokens // micro_tokens), self.token_bytes)
+        finally:
+            batches.close()
+        self.progress.best_bpb = min(self.progress.best_bpb, bpb)
+        if self.metrics is not None:
+            self.metrics.evaluation(self.progress.step, bpb)
+
+    def _sample(self) -> None:
+        if self.metrics is None:
+            return
+        for prompt in PROMPTS:
+            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt, bos=False)]
+            text = self.tokenizer.decode(list(generate(self.model, ids, SAMPLE_TOKENS, temperature=0)))
+            self.metrics.sample(self.progress.step, prompt + text)
+
+    def _save(self) -> None:
+        optimizer = {name: value for part in self.optimizers for name, value in part.state_tensors().items()}
+        state = {
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+            "plan": asdict(self.plan),
+            "layers": self._layers(),
+            "tokenizer": {"fingerprint": self.tokenizer.fingerprint, "vocab_size": self.tokenizer.vocab_size},
+            "data": {"fingerprint": self.store.fingerprint, "position": self.batches.state_dict()},
+            "progress": asdict(self.progress),
+            "rng": checkpoint.rng_state(),
+            "environment": checkpoint.environment(),
+        }
+        path = checkpoint.save(
+            self.directory, self.progress.step, self.model.state_dict(), optimizer, state, keep=self.config.keep,
+            rank=self.world.rank, world=self.world.size, any_rank=parallel.any_rank,
+        )  # fmt: skip
+        self.say(f"saved {path}")
+
+    def _finish(self) -> None:
+        if self.metrics is None:
+            return
+        if self.progress.best_bpb < math.inf:
+            unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
+            self.say(f"best validation loss {self.progress.best_bpb:.4f} bits per byte; token frequencies alone reach {unigram:.4f}")
+        picture = report.draw(self.directory)
+        self.say(f"trained for {self.progress.seconds:.0f} s, peak memory {self._memory_gib():.1f} GiB; curves in {picture}")
+
+
+def train(config: TrainConfig) -> None:
+    """Run a pretraining job as `config` says; every rank calls this.
+
+    Raises:
+        BadInput: something the user asked for cannot be done.
+        SystemExit: as `Run.loop`.
+    """
+    world = parallel.init(config.device_type)
+    try:
+        Run(config, world).loop()
+    finally:
+        parallel.shutdown()

@@ -1,0 +1,183 @@
+"""What happens between the q/k/v projections and the output projection: rotary, QK norm, value embedding, attention.
+
+`project_heads` is one kernel each way (rotary, norm and gate between one read and one write). `causal_attention` is exact
+on every backend; a window of w lets position t see t−w … t. Backends, best first:
+
+* `fa3`    FlashAttention 3 where `flash_attn_interface` is installed (Hopper, bf16): windows native.
+* `cudnn`  cuDNN's fused attention through its Python front end (bf16): windows native, 1.5 times faster on an H200 than
+           PyTorch's flash backend.
+* `sdpa`   PyTorch's own; a window runs in blocks of queries against the band of keys they see, so the mask is T×(w + block).
+* `plain`  the definition, with its T×T scores: the twin for tests, refused on a GPU.
+
+Letters: B batch, T sequence, H query heads, K key/value heads (K divides H), E head dimension.
+"""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvfp8 import cudnn_attention
+from nvfp8.ops import ops
+
+BACKENDS = ("fa3", "cudnn", "sdpa", "plain")
+
+
+class _ProjectHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
+        gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
+        ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
+        dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+        d_qkv, d_gate, d_rows = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
+        d_table = None
+        if d_rows is not None:
+            d_table = torch.ops.aten.embedding_dense_backward(d_rows, ids, table.shape[0], -1, False)
+        return d_qkv, None, None, None, d_gate, d_table, None
+
+
+def project_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary, QK norm (× 1.2) and value embedding; keeps q, k (which attention keeps anyway) and 1/rms for backward.
+
+    Args:
+        qkv: (B, T, (H + 2K)·E) projections.
+        cos: (T, E/2).
+        sin: (T, E/2).
+        heads: (H, K).
+        gate: (B, T, K) factor of the value embedding, or None.
+        table: (V, K·E) value embedding, or None.
+        ids: (B, T) int64, or None.
+
+    Returns:
+        q (B, T, H, E), k and v (B, T, K, E), contiguous, qkv's dtype.
+    """
+    return _ProjectHeads.apply(qkv, cos, sin, heads, gate, table, ids)  # type: ignore[no-any-return]
+
+
+@cache
+def _why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run there, or None where it can."""
+    if backend == "sdpa":
+        return None
+    if backend == "plain":
+        return "its score matrix is quadratic in T" if device_type == "cuda" else None
+    if device_type != "cuda":
+        return "it needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no {dtype} kernels"
+    if backend == "fa3":
+        if importlib.util.find_spec("flash_attn_interface") is None:
+            return "flash_attn_interface is not installed"
+        return None if torch.cuda.get_device_capability()[0] == 9 else "it runs on Hopper only"
+    return None if cudnn_attention.available() else "nvidia-cudnn-frontend is not installed (pip install 'nvfp8[cuda]')"
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, wanted: str = "auto") -> str:
+    """The attention backend that will run: `wanted`, or with "auto" the best one there is.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        dtype: dtype of q, k, v.
+        wanted: "auto" or one of BACKENDS.
+
+    Raises:
+        ValueError: `wanted` is unknown or cannot run here; the message says why.
+    """
+    if wanted == "auto":
+        return next(name for name in BACKENDS if _why_not(name, device_type, dtype) is None)
+    if wanted not in BACKENDS:
+        raise ValueError(f"unknown attention backend {wanted!r}: choose auto or one of {', '.join(BACKENDS)}")
+    reason = _why_not(wanted, device_type, dtype)
+    if reason is not None:
+        raise ValueError(f"attention backend {wanted!r} cannot run here: {reason}")
+    return wanted
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
+    """softmax(q·kᵀ/√E)·v over the keys t−window … t.
+
+    Args:
+        q: (B, T, H, E).
+        k: (B, T, K, E).
+        v: (B, T, K, E).
+        window: how many earlier positions are seen besides the own one; T − 1 or more means all.
+        backend: a name `choose_backend` returned.
+
+    Returns:
+        (B, T, H, E), q's dtype.
+    """
+    if backend == "cudnn":
+        return cudnn_attention.attention(q, k, v, window)
+    if backend == "fa3":
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))  # type: ignore[no-any-return]
+    if backend == "plain":
+        positions = torch.arange(q.shape[1], device=q.device)
+        return masked_attention(q, k, v, band_mask(positions, positions, window))
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return _sdpa(*heads_first, window).transpose(1, 2)
+
+
+def band_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which key positions (S,) each query position (T,) sees: bool (T, S), true for query−window ≤ key ≤ query."""
+    distance = queries[:, None] - keys[None, :]
+    return (distance >= 0) & (distance <= window)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention by its definition, scores in at least fp32; decoding with a cache uses it too.
+
+    Args:
+        q: (B, T, H, E).
+        k: (B, S, K, E).
+        v: (B, S, K, E).
+        mask: (T, S) bool, true where seen.
+
+    Returns:
+        (B, T, H, E), q's dtype.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.to(wide).repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bthe,bshe->bhts", q.to(wide), k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weights, v).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """(B, H, T, E), (B, K, T, E) -> (B, H, T, E); a window runs as blocks of queries against their band of keys."""
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if window >= length - 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    block = max(window, 128)
+    blocks = -(-length // block)
+    tail = blocks * block - length
+    # Block i of queries, [i·block, (i+1)·block), sees keys [i·block − window, (i+1)·block).
+    q_blocks = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))  # (B, H, n, block, E)
+    k_bands, v_bands = (
+        F.pad(x, (0, 0, window, tail)).unfold(2, window + block, block).transpose(-1, -2)  # (B, K, n, window+block, E)
+        for x in (k, v)
+    )
+    queries = torch.arange(blocks * block, device=q.device).view(blocks, block)
+    keys = torch.arange(window + block, device=q.device) + torch.arange(blocks, device=q.device)[:, None] * block - window
+    distance = queries[:, :, None] - keys[:, None, :]
+    mask = (distance >= 0) & (distance <= window) & (keys >= 0)[:, None, :]  # (n, block, window+block)
+    q_blocks, k_bands, v_bands = (x.transpose(1, 2).flatten(0, 1) for x in (q_blocks, k_bands, v_bands))
+    out = F.scaled_dot_product_attention(
+        q_blocks, k_bands, v_bands, attn_mask=mask.repeat(q.shape[0], 1, 1)[:, None], enable_gqa=grouped
+    )
+    return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -1,0 +1,65 @@
+"""What a device can do: its peak rates, and which formats its tensor cores take. Every guard on hardware lives here.
+
+Model FLOPs utilization is only as honest as the peak it divides by. So these are dense rates (NVIDIA's headline figures
+often count 2:4 sparsity, twice the dense rate) with fp32 accumulation, and a device is looked up by its whole name: a
+laptop's RTX 4090, an RTX 4090 D or a MIG slice of an H100 are other devices, and no figure is better than a wrong one.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Rates that a device cannot exceed, by specification.
+
+    Attributes:
+        bf16: FLOP/s of dense bf16 matrix products accumulated in fp32.
+        fp8: FLOP/s of dense FP8 matrix products accumulated in fp32; None without FP8 units.
+        bandwidth: bytes/s between the device's memory and its caches.
+    """
+
+    bf16: float
+    fp8: float | None
+    bandwidth: float
+
+
+# Keys are what torch.cuda.get_device_name() returns; rates are NVIDIA's, halved where its document counts sparsity.
+_PEAKS = {
+    # H100 Tensor Core GPU datasheet: SXM, PCIe (architecture white paper, table 3) and NVL.
+    "NVIDIA H100 80GB HBM3": Peaks(989.4e12, 1978.9e12, 3.35e12),
+    "NVIDIA H100 PCIe": Peaks(756e12, 1513e12, 2.0e12),
+    "NVIDIA H100 NVL": Peaks(835.5e12, 1670.5e12, 3.9e12),
+    # H200 Tensor Core GPU datasheet: the compute of H100 with faster memory.
+    "NVIDIA H200": Peaks(989.4e12, 1978.9e12, 4.8e12),
+    "NVIDIA H200 NVL": Peaks(835.5e12, 1670.5e12, 4.8e12),
+    # HGX B200 datasheet, a board of eight divided by eight.
+    "NVIDIA B200": Peaks(2250e12, 4500e12, 8.0e12),
+    # A100 Tensor Core GPU datasheet: 40 and 80 GB, SXM and PCIe.
+    "NVIDIA A100-SXM4-40GB": Peaks(312e12, None, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": Peaks(312e12, None, 2.039e12),
+    "NVIDIA A100-PCIE-40GB": Peaks(312e12, None, 1.555e12),
+    "NVIDIA A100 80GB PCIe": Peaks(312e12, None, 1.935e12),
+    # L40S datasheet.
+    "NVIDIA L40S": Peaks(362.05e12, 733e12, 0.864e12),
+    # Ada GPU architecture white paper, appendix A; GeForce halves the rate when it accumulates in fp32.
+    "NVIDIA GeForce RTX 4090": Peaks(165.2e12, 330.3e12, 1.008e12),
+    # RTX Blackwell GPU architecture white paper, appendix A; halved in the same way.
+    "NVIDIA GeForce RTX 5090": Peaks(209.5e12, 419e12, 1.792e12),
+    # DGX Spark's page names only 1 PFLOP/s of sparse FP4 and 273 GB/s. Dense FP4 is half of that, FP8 and bf16 a half
+    # and a quarter of dense FP4; measured rates (356, 188 and 92 TFLOP/s) stand in the same ratios.
+    "NVIDIA GB10": Peaks(125e12, 250e12, 0.273e12),
+}
+
+
+def peaks(device_name: str) -> Peaks | None:
+    """The peak rates of a device, None where we have no trustworthy figure.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` returns it.
+    """
+    return _PEAKS.get(device_name)
+
+
+def has_fp8(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores of this CUDA compute capability multiply FP8: Ada (8.9), Hopper (9.0) and later."""
+    return capability >= (8, 9)

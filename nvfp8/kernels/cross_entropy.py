@@ -1,0 +1,57 @@
+"""Softcap, cross-entropy and their gradient over one row of logits a program, the gradient written where the logits were.
+
+The softcap bounds |z| by c = 15, so Σ exp(z) fits fp32 without a maximum: one pass sums, a second one (which finds the row
+in L2) writes the gradient. tanh and the softmax share fast exponentials: tanh(u) = 1 − 2/(1 + e^2u).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # columns in registers at a time
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def _softcap_cross_entropy(
+    LOGITS, TARGETS, SCALE, LOSSES, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(TARGETS + row)
+    logits = LOGITS + row * STRIDE
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, VOCAB, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        capped = CAP * _tanh(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32) / CAP)
+        total += tl.where(column < VOCAB, tl.exp(capped), 0.0)
+    log_sum = tl.log(tl.sum(total, 0))
+    valid = target >= 0
+    z_target = CAP * _tanh(tl.load(logits + tl.maximum(target, 0)).to(tl.float32) / CAP)
+    tl.store(LOSSES + row, tl.where(valid, log_sum - z_target, 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
+        scale = tl.where(valid, tl.load(SCALE), 0.0)
+        for start in range(0, PADDED, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            tanh = _tanh(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32) / CAP)
+            gradient = tl.exp(CAP * tanh - log_sum) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(column < VOCAB, gradient * (1.0 - tanh * tanh) * scale, 0.0)
+            tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
+
+
+def softcap_cross_entropy_(
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None
+) -> Tensor:
+    """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    _softcap_cross_entropy[(logits.shape[0],)](
+        logits, targets, scale, losses, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
+        CAP=softcap, GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    return losses

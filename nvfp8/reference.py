@@ -1,0 +1,235 @@
+"""The plain PyTorch twin of every kernel: what the kernel computes, readable, in fp32 inside.
+
+Tests compare each Triton kernel with its twin and both with fp64; a CPU runs the twins themselves. Twins and kernels have
+the same names and arguments, so `nvfp8.ops` can choose by device. Statistics and all arithmetic are fp32 (fp64 for fp64
+input); each result is rounded once to the dtype of the tensor it replaces.
+
+Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E head dimension, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+# nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
+NORM_EPS = 2.0**-23
+# Queries and keys are sharpened after their norm: each carries the factor 1.2.
+QK_SCALE = 1.2
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSNorm without learnable scale (arXiv 1910.07467).
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        x̂ (..., D) in x's dtype, and 1/rms (...) in fp32.
+    """
+    wide = _wide(x)
+    rstd = (wide.square().mean(-1) + NORM_EPS).rsqrt()
+    return (wide * rstd[..., None]).to(x.dtype), rstd
+
+
+def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of `norm_forward`, plus the gradient that reaches x past the norm.
+
+    Args:
+        d_normed: (..., D) gradient of x̂.
+        x: (..., D) the norm's input.
+        rstd: (...) from the forward.
+        d_stream: (..., D) gradient of x from elsewhere (the residual stream), or None.
+
+    Returns:
+        dx (..., D), and x̂ (..., D) once more: the weight gradient needs it, so nobody has to keep it.
+    """
+    dx, normed = _norm_gradient(_wide(d_normed), _wide(x), rstd)
+    if d_stream is not None:
+        dx = dx + _wide(d_stream)
+    return dx.to(x.dtype), normed.to(x.dtype)
+
+
+def _norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    normed = x * rstd[..., None]
+    dx = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return dx, normed
+
+
+def mix_norm_forward(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual mix and its norm: s = λ₀·x + λ₁·x0, x̂ = norm(s).
+
+    Args:
+        x: (..., D) residual stream.
+        x0: (..., D) the stream as it was after the embedding.
+        lambdas: (2,) fp32.
+
+    Returns:
+        s (..., D), x̂ (..., D), 1/rms of s (...).
+    """
+    mixed = _mix(x, x0, lambdas)
+    normed, rstd = norm_forward(mixed)
+    return mixed, normed, rstd
+
+
+def mix_norm_backward(
+    d_stream: Tensor, d_normed: Tensor, x: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor, d_x0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of `mix_norm_forward`; the mixed stream is computed again from x and x0 rather than kept.
+
+    Args:
+        d_stream: (..., D) gradient of s.
+        d_normed: (..., D) gradient of x̂.
+        x: (..., D).
+        x0: (..., D).
+        lambdas: (2,).
+        rstd: (...).
+        d_x0: (..., D) gradient of x0 from the later blocks, to which this one's is added, or None.
+
+    Returns:
+        dx (..., D), the new d_x0 (..., D), dλ (2,) fp32, x̂ (..., D).
+    """
+    mixed = _wide(_mix(x, x0, lambdas))
+    ds, normed = _norm_gradient(_wide(d_normed), mixed, rstd)
+    ds = ds + _wide(d_stream)
+    dx0 = ds * lambdas[1]
+    if d_x0 is not None:
+        dx0 = dx0 + _wide(d_x0)
+    d_lambdas = torch.stack(((ds * _wide(x)).sum(), (ds * _wide(x0)).sum()))
+    return (ds * lambdas[0]).to(x.dtype), dx0.to(x.dtype), d_lambdas, normed.to(x.dtype)
+
+
+def _mix(x: Tensor, x0: Tensor, lambdas: Tensor) -> Tensor:
+    # Rounded to the stream's dtype: the backward must normalize the very tensor that the forward wrote.
+    return (_wide(x) * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
+
+
+def heads_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the projections to what attention reads: rotary (arXiv 2104.09864), QK norm, value embedding.
+
+    q and k: halves rotated, (a, b) -> (a·cos + b·sin, b·cos − a·sin), then RMSNorm over E, then × 1.2.
+    v: v + gate · table[ids].
+
+    Args:
+        qkv: (B, T, (H + 2K)·E), q then k then v.
+        cos: (T, E/2).
+        sin: (T, E/2).
+        heads: (H, K).
+        gate: (B, T, K), or None where the layer has no value embedding.
+        table: (V, K·E) value embedding, or None.
+        ids: (B, T) int64 rows of the table, or None.
+
+    Returns:
+        q (B, T, H, E), k (B, T, K, E), v (B, T, K, E), contiguous, and 1/rms of the rotated q and k (B, T, H + K) fp32.
+    """
+    n_head, n_kv = heads
+    q_k, v = _wide(qkv).unflatten(-1, (n_head + 2 * n_kv, -1)).split((n_head + n_kv, n_kv), dim=2)
+    normed, rstd = norm_forward(_rotate(q_k, cos, sin))
+    q, k = (normed * QK_SCALE).split((n_head, n_kv), dim=2)
+    if gate is not None and table is not None and ids is not None:
+        v = v + _wide(gate)[..., None] * _wide(table[ids]).view_as(v)
+    return q.to(qkv.dtype).contiguous(), k.to(qkv.dtype).contiguous(), v.to(qkv.dtype).contiguous(), rstd
+
+
+def heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
+    gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradient of `heads_forward` from its own outputs: q/1.2 is x̂, so the raw projections need not be kept.
+
+    Args:
+        dq: (B, T, H, E).
+        dk: (B, T, K, E).
+        dv: (B, T, K, E).
+        q: (B, T, H, E) as returned by the forward.
+        k: (B, T, K, E) as returned by the forward.
+        rstd: (B, T, H + K).
+        cos: (T, E/2).
+        sin: (T, E/2).
+        gate: as in the forward.
+        table: as in the forward.
+        ids: as in the forward.
+
+    Returns:
+        d_qkv (B, T, (H + 2K)·E), d_gate (B, T, K) or None, and the gradient of table[ids] (B, T, K·E) or None.
+    """
+    dtype = dq.dtype
+    normed = torch.cat((_wide(q), _wide(k)), 2) / QK_SCALE
+    d_normed = torch.cat((_wide(dq), _wide(dk)), 2) * QK_SCALE
+    d_rotated = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    d_q_k = _rotate(d_rotated, cos, -sin)
+    wide_dv = _wide(dv)
+    d_qkv = torch.cat((d_q_k, wide_dv), 2).flatten(2).to(dtype)
+    if gate is None or table is None or ids is None:
+        return d_qkv, None, None
+    d_gate = (wide_dv * _wide(table[ids]).view_as(wide_dv)).sum(-1).to(gate.dtype)
+    d_rows = (wide_dv * _wide(gate)[..., None]).flatten(2).to(table.dtype)
+    return d_qkv, d_gate, d_rows
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    cos, sin = _wide(cos)[:, None], _wide(sin)[:, None]  # (T, 1, E/2): one rotation for all heads
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
+def relu_squared_(hidden: Tensor) -> Tensor:
+    """relu(h)² (arXiv 2109.08668), written over h.
+
+    Args:
+        hidden: (..., F); overwritten.
+
+    Returns:
+        `hidden`, now relu(h)².
+    """
+    return hidden.copy_(_wide(hidden).relu().square())
+
+
+def relu_squared_backward_(d_activated: Tensor, activated: Tensor) -> Tensor:
+    """Gradient of relu² from its output alone: for a = relu(h)², da/dh = 2·√a. Written over d_activated.
+
+    Args:
+        d_activated: (..., F); overwritten.
+        activated: (..., F) the forward's output.
+
+    Returns:
+        `d_activated`, now the gradient of h.
+    """
+    return d_activated.copy_(_wide(d_activated) * 2 * _wide(activated).sqrt())
+
+
+def softcap_cross_entropy_(
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None
+) -> Tensor:
+    """Cross-entropy of softcapped logits, and its gradient written over them.
+
+    z = c·tanh(logit/c); loss = log Σ exp(z) − z[target]; d logit = scale·(softmax(z) − onehot)·(1 − (z/c)²).
+    |z| ≤ c = 15 keeps Σ exp(z) inside fp32 without subtracting a maximum, which saves a pass.
+
+    Args:
+        logits: (N, V') with V' ≥ vocab; overwritten with the gradient where `scale` is given.
+        targets: (N,) int64; −1 is ignored: loss 0, gradient 0.
+        vocab: V; columns from V on are padding: not in the sum, gradient 0.
+        softcap: c.
+        scale: 0-d fp32, the factor of every token's gradient; None computes losses only.
+
+    Returns:
+        losses (N,) fp32, in nats.
+    """
+    wide = _wide(logits[:, :vocab])
+    capped = softcap * torch.tanh(wide / softcap)
+    valid = targets >= 0
+    rows = targets.clamp_min(0)[:, None]
+    log_sum = capped.exp().sum(-1).log()
+    losses = torch.where(valid, log_sum - capped.gather(1, rows)[:, 0], 0.0)
+    if scale is not None:
+        gradient = (capped - log_sum[:, None]).exp()
+        gradient.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=gradient.dtype))
+        gradient *= (1 - (capped / softcap).square()) * scale * valid[:, None]
+        logits[:, :vocab] = gradient
+        logits[:, vocab:] = 0
+    return losses

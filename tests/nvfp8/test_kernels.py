@@ -1,0 +1,142 @@
+"""Every Triton kernel against its PyTorch twin and fp64.
+
+On a CPU the kernels run in Triton's interpreter, in fp32 only (its bf16 truncates); on a GPU they run as compiled, in bf16
+and fp32. A kernel may err at most 1.05 times as much as its twin, plus a few fp32 epsilons for another order of summation.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvfp8 import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+SHAPES = [(2, 5, 64), (1, 33, 96), (3, 16, 384)]
+
+kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def compare(kernel: tuple[Tensor | None, ...], twin: tuple[Tensor | None, ...], exact: tuple[Tensor | None, ...]) -> None:
+    for position, (ours, theirs, truth) in enumerate(zip(kernel, twin, exact, strict=True)):
+        if truth is None:
+            assert ours is None and theirs is None
+            continue
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, position
+        assert error(ours, truth) <= 1.05 * error(theirs, truth) + 1e-6, position
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() if t.is_floating_point() else t for t in tensors]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the wrappers allocate with NaN, so an element that no program writes is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_stream", [True, False])
+def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> None:
+    x, d_normed = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+    d_stream = random(*shape, dtype=dtype, seed=3) if with_stream else None
+    exact = reference.norm_forward(x.double())
+    compare(kernels.norm_forward(x), reference.norm_forward(x), exact)
+    rstd = exact[1].float()
+    compare(
+        kernels.norm_backward(d_normed, x, rstd, d_stream),
+        reference.norm_backward(d_normed, x, rstd, d_stream),
+        reference.norm_backward(*double(d_normed, x, rstd, d_stream)),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_x0", [True, False])
+def test_mix_norm(shape: tuple[int, ...], with_x0: bool, dtype: torch.dtype) -> None:
+    x, x0, d_normed, d_stream = (random(*shape, dtype=dtype, seed=seed) for seed in range(4))
+    d_x0 = random(*shape, dtype=dtype, seed=5) if with_x0 else None
+    # Short mantissas: products are exact, so a fused multiply-add rounds the bf16 stream as the twin does.
+    lambdas = torch.tensor([1.125, 0.1875], device=DEVICE)
+    twin = reference.mix_norm_forward(x, x0, lambdas)
+    compare(kernels.mix_norm_forward(x, x0, lambdas), twin, reference.mix_norm_forward(*double(x, x0, lambdas)))
+    arguments = (d_stream, d_normed, x, x0, lambdas, twin[2], d_x0)
+    kernel, twin = kernels.mix_norm_backward(*arguments), reference.mix_norm_backward(*arguments)
+    exact = reference.mix_norm_backward(*double(*arguments))
+    # dλ is a sum with much cancellation: its error is measured against the size of its terms, not of what is left.
+    terms = (exact[0].norm() / lambdas[0] * torch.stack((x.double().norm(), x0.double().norm()))).norm()
+    assert (kernel[2] - exact[2]).norm() <= 1.05 * (twin[2] - exact[2]).norm() + 1e-6 * terms
+    compare(*(tuple(t for i, t in enumerate(result) if i != 2) for result in (kernel, twin, exact)))
+
+
+@pytest.mark.parametrize(("heads", "size"), [((2, 1), 16), ((3, 3), 32), ((4, 2), 128)])
+@pytest.mark.parametrize("values", [True, False])
+def test_heads(heads: tuple[int, int], size: int, values: bool, dtype: torch.dtype) -> None:
+    batch, length, rows = 2, 19, 11
+    n_head, n_kv = heads
+    qkv = random(batch, length, (n_head + 2 * n_kv) * size, dtype=dtype, seed=1)
+    cos, sin = (random(length, size // 2, dtype=dtype, seed=seed) for seed in (2, 3))
+    angle = torch.atan2(sin.float(), cos.float())
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    gate = random(batch, length, n_kv, dtype=dtype, seed=4) if values else None
+    table = random(rows, n_kv * size, dtype=dtype, seed=5) if values else None
+    ids = torch.randint(rows, (batch, length), device=DEVICE) if values else None
+    arguments = (qkv, cos, sin, heads, gate, table, ids)
+    twin = reference.heads_forward(*arguments)
+    exact = reference.heads_forward(*double(qkv, cos, sin), heads, *double(gate, table), ids)
+    compare(kernels.heads_forward(*arguments), twin, exact)
+    dq, dk, dv = (torch.randn_like(x) for x in twin[:3])
+    arguments = (dq, dk, dv, twin[0], twin[1], twin[3], cos, sin, gate, table, ids)
+    compare(
+        kernels.heads_backward(*arguments), reference.heads_backward(*arguments), reference.heads_backward(*double(*arguments))
+    )
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5000), (2, 4096)])
+def test_relu_squared(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    hidden, gradient = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+    exact = hidden.double().relu().square()
+    activated = kernels.relu_squared_(hidden.clone())
+    compare((activated,), (reference.relu_squared_(hidden.clone()),), (exact,))
+    arguments = (gradient.clone(), activated)
+    exact = gradient.double() * 2 * activated.double().sqrt()
+    ours = kernels.relu_squared_backward_(*arguments)
+    compare((ours,), (reference.relu_squared_backward_(gradient.clone(), activated),), (exact,))
+
+
+@pytest.mark.parametrize(("vocab", "padded"), [(50, 64), (4096, 4096), (5000, 5056)])
+def test_cross_entropy(vocab: int, padded: int, dtype: torch.dtype) -> None:
+    logits = 8 * random(9, padded, dtype=dtype, seed=1)
+    targets = torch.randint(vocab, (9,), device=DEVICE)
+    targets[[0, 4]] = torch.tensor([-1, vocab - 1], device=DEVICE)
+    scale = torch.tensor(0.125, device=DEVICE)
+    results = []
+    for function, given in (
+        (kernels.softcap_cross_entropy_, logits.clone()),
+        (reference.softcap_cross_entropy_, logits.clone()),
+        (reference.softcap_cross_entropy_, logits.double()),
+    ):
+        results.append((function(given, targets, vocab, 15.0, scale), given))
+    compare(*results)
+    assert (results[0][1][0] == 0).all() and (results[0][1][:, vocab:] == 0).all()
+    assert results[0][0][0] == 0
+    untouched = logits.clone()
+    losses = kernels.softcap_cross_entropy_(untouched, targets, vocab, 15.0, None)
+    assert torch.equal(untouched, logits) and torch.equal(losses, results[0][0])

@@ -1,0 +1,157 @@
+"""The layers' hand-written backward against autograd through the definition, in fp64-checked fp32 and bf16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp8.attention import project_heads
+from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+EPS = 2.0**-23
+# Largest relative error against fp64 of a chain of roundings in each dtype: a few units in the last place.
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def leaf(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+
+def set_weight(layer: Linear, seed: int) -> Tensor:
+    layer.to(DEVICE)
+    with torch.no_grad():
+        layer.weight.copy_(leaf(*layer.weight.shape, seed=seed) / layer.weight.shape[1] ** 0.5)
+    return layer.weight
+
+
+def check(ours: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    for position, (value, truth) in enumerate(zip(ours, exact, strict=True)):
+        assert value.shape == truth.shape
+        error = float((value.double() - truth).norm() / truth.norm())
+        assert error <= BOUND[dtype], (position, error)
+
+
+def doubles(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def test_rms_norm_is_pytorchs(dtype: torch.dtype) -> None:
+    x = leaf(3, 7, 48, seed=1, dtype=dtype)
+    y = RMSNorm()(x)
+    # nanochat calls rms_norm without eps and so gets fp32's epsilon even in bf16.
+    torch.testing.assert_close(y, F.rms_norm(x, (48,)), rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    weights = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, weights)
+    (wide,) = doubles(x)
+    (exact,) = torch.autograd.grad(norm(wide), wide, weights.double())
+    check([dx], [exact], dtype)
+
+
+def test_norm_linear(dtype: torch.dtype) -> None:
+    projections = nn.ModuleList([Linear(48, 32), Linear(48, 16), Linear(48, 16)])
+    weights = [set_weight(layer, seed) for seed, layer in enumerate(projections)]
+    layer = NormLinear(*projections)
+    assert not list(layer.parameters()), "the projections belong to their owner alone"
+    x, x0, lambdas = leaf(2, 9, 48, seed=5, dtype=dtype), leaf(2, 9, 48, seed=6, dtype=dtype), leaf(2, seed=7)
+    outputs = layer(x, x0, lambdas, 12)
+    gradients = [torch.randn_like(t) for t in outputs]
+    ours = torch.autograd.grad(outputs, [x, x0, lambdas, *weights], gradients)
+
+    wide = doubles(x, x0, lambdas, *weights)
+    stream = wide[0] * wide[2][0] + wide[1] * wide[2][1]
+    exact_outputs = [stream, wide[1].clone(), norm(stream)[..., :12], F.linear(norm(stream), torch.cat(wide[3:]))]
+    exact = torch.autograd.grad(exact_outputs, wide, [g.double() for g in gradients])
+    check([*outputs, *ours], [*exact_outputs, *exact], dtype)
+
+
+def test_norm_linear_with_unused_outputs() -> None:
+    """The last block's x0 has no reader, and a layer without value embedding does not look at x̂."""
+    projection = Linear(32, 32)
+    weight = set_weight(projection, 1)
+    x, x0, lambdas = leaf(2, 4, 32, seed=2), leaf(2, 4, 32, seed=3), leaf(2, seed=4)
+    *_, out = NormLinear(projection)(x, x0, lambdas, 12)
+    ours = torch.autograd.grad(out.square().sum(), [x, x0, lambdas, weight])
+    wide = doubles(x, x0, lambdas, weight)
+    exact_out = F.linear(norm(wide[0] * wide[2][0] + wide[1] * wide[2][1]), wide[3])
+    check(list(ours), list(torch.autograd.grad(exact_out.square().sum(), wide)), torch.float32)
+
+
+def test_linear_adds_in_place(dtype: torch.dtype) -> None:
+    layer = Linear(40, 24)
+    weight = set_weight(layer, 1)
+    stream, x = leaf(2, 5, 24, seed=2, dtype=dtype), leaf(2, 5, 40, seed=3, dtype=dtype)
+    target = stream * 1.0
+    out = layer(x, add_to=target)
+    assert out.data_ptr() == target.data_ptr()
+    gradient = torch.randn_like(out)
+    ours = torch.autograd.grad(out, [stream, x, weight], gradient)
+    wide = doubles(stream, x, weight)
+    exact_out = wide[0] + F.linear(wide[1], wide[2])
+    check([out, *ours], [exact_out, *torch.autograd.grad(exact_out, wide, gradient.double())], dtype)
+
+
+def test_mlp(dtype: torch.dtype) -> None:
+    layer = ReluSquaredMLP(32, 128)
+    weights = [set_weight(layer.c_fc, 1), set_weight(layer.c_proj, 2)]
+    x = leaf(2, 7, 32, seed=3, dtype=dtype)
+    out = layer(x)
+    gradient = torch.randn_like(out)
+    ours = torch.autograd.grad(out, [x, *weights], gradient)
+    wide = doubles(x, *weights)
+    exact_out = wide[0] + F.linear(F.linear(norm(wide[0]), wide[1]).relu().square(), wide[2])
+    check([out, *ours], [exact_out, *torch.autograd.grad(exact_out, wide, gradient.double())], dtype)
+
+
+def test_mlp_keeps_two_tensors() -> None:
+    """Its input and relu(h)² are all that backward needs: 2·D + 2·4D bytes a token in bf16, besides weights."""
+    layer = ReluSquaredMLP(64, 256)
+    set_weight(layer.c_fc, 1)
+    set_weight(layer.c_proj, 2)
+    x = leaf(2, 16, 64, seed=1, dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    weights = {layer.c_fc.weight.data_ptr(), layer.c_proj.weight.data_ptr()}
+    kept_bytes = sum(t.nbytes for t in kept if t.data_ptr() not in weights)
+    assert kept_bytes == 2 * 16 * (2 * 64 + 2 * 256 + 4)  # … and 1/rms of each row
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_project_heads(values: bool, dtype: torch.dtype) -> None:
+    batch, length, n_head, n_kv, size = 2, 11, 4, 2, 16
+    qkv = leaf(batch, length, (n_head + 2 * n_kv) * size, seed=1, dtype=dtype)
+    angle = torch.rand(length, size // 2, device=DEVICE) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    gate = leaf(batch, length, n_kv, seed=2, dtype=dtype) if values else None
+    table = leaf(13, n_kv * size, seed=3, dtype=dtype) if values else None
+    ids = torch.randint(13, (batch, length), device=DEVICE) if values else None
+    outputs = project_heads(qkv, cos, sin, (n_head, n_kv), gate, table, ids)
+    gradients = [torch.randn_like(t) for t in outputs]
+    inputs = [t for t in (qkv, gate, table) if t is not None]
+    ours = torch.autograd.grad(outputs, inputs, gradients)
+
+    wide = doubles(*inputs)
+    q, k, v = wide[0].unflatten(-1, (-1, size)).split((n_head, n_kv, n_kv), 2)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * c + b * s, b * c - a * s), -1)
+
+    if values:
+        v = v + wide[1][..., None] * F.embedding(ids, wide[2]).view_as(v)
+    exact_outputs = [norm(rotate(q)) * 1.2, norm(rotate(k)) * 1.2, v]
+    exact = torch.autograd.grad(exact_outputs, wide, [g.double() for g in gradients])
+    check([*outputs, *ours], [*exact_outputs, *exact], dtype)
