@@ -1,23 +1,29 @@
-"""From a shape or a checkpoint to a model on a device, and the choice of precision: what training, evaluation and sampling share."""
+"""From a shape or a checkpoint to a model on a device, and the choice of precision.
 
+Training, evaluation and sampling share it.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from nanochat import checkpoint
 from nanochat.checkpoint import Checkpoint
+from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nvfp8.precision import Precision, bf16, fp32
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def choose_precision(name: str, device_type: str) -> tuple[Precision, str]:
     """The precision a run computes in, and why in a few words.
 
     Args:
-        name: one of PRECISIONS; "auto" takes the best this device has: bf16 on a GPU that computes in it, fp32 elsewhere.
+        name: one of PRECISIONS; "auto" takes the best this device has: bf16 on a GPU that computes in it, else fp32.
         device_type: "cuda" or "cpu".
 
     Raises:
@@ -31,7 +37,9 @@ def choose_precision(name: str, device_type: str) -> tuple[Precision, str]:
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
 
 
-def build_model(config: GPTConfig, precision: Precision, device: torch.device, attention: str = "auto", seed: int = 42) -> GPT:
+def build_model(
+    config: GPTConfig, precision: Precision, device: torch.device, attention: str = "auto", seed: int = 42
+) -> GPT:
     """A model with initial weights on `device`; memory is taken once, for the parameters as they will be.
 
     Raises:
@@ -48,43 +56,64 @@ def build_model(config: GPTConfig, precision: Precision, device: torch.device, a
     return model
 
 
-def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
+def load_weights(model: GPT, saved: Checkpoint) -> None:
     """Copy a checkpoint's weights into `model`, whatever precision either has.
 
     Raises:
         BadInput: the checkpoint is of another shape.
     """
     try:
-        model.load_state_dict(checkpoint.model())
+        model.load_state_dict(saved.model())
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise BadInput(f"{checkpoint.path} does not fit this model: {detail}") from error
+        raise BadInput(f"{saved.path} does not fit this model: {detail}") from error
 
 
-def config_of(checkpoint: Checkpoint) -> GPTConfig:
+def load_model(
+    tag: str, step: int | None, device: torch.device, precision: str = "auto", attention: str = "auto"
+) -> tuple[GPT, Checkpoint]:
+    """The model of a run's checkpoint, ready to evaluate or sample.
+
+    Args:
+        tag: name of the run below <base>/base_checkpoints, or the path of a directory of checkpoints.
+        step: which checkpoint; None takes the newest good one.
+        device: where the model goes.
+        precision: one of PRECISIONS.
+        attention: attention backend.
+
+    Raises:
+        BadInput: there is no such checkpoint, or it cannot run here.
+    """
+    directory = base_dir() / "base_checkpoints" / tag
+    saved = checkpoint.find(directory if directory.is_dir() or not Path(tag).is_dir() else Path(tag), step)
+    model = build_model(config_of(saved), choose_precision(precision, device.type)[0], device, attention)
+    load_weights(model, saved)
+    return model, saved
+
+
+def config_of(saved: Checkpoint) -> GPTConfig:
     """The shape of the model in a checkpoint.
 
     Raises:
         BadInput: it records none that can be built.
     """
-    fields: dict[str, Any] = checkpoint.state.get("model_config", {})
+    fields: dict[str, Any] = saved.state.get("model_config", {})
     try:
         return GPTConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{checkpoint.path / 'state.json'} holds no usable model_config: {error}") from error
+        raise BadInput(f"{saved.path / 'state.json'} holds no usable model_config: {error}") from error
 
 
-def check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+def check_tokenizer(tokenizer: Tokenizer, saved: Checkpoint) -> None:
     """Refuse a tokenizer other than the one the checkpoint was trained with.
 
     Raises:
         BadInput: vocabulary size or fingerprint differ.
     """
-    saved = checkpoint.state.get("tokenizer", {})
-    expected = saved.get("fingerprint")
-    size = config_of(checkpoint).vocab_size
-    if tokenizer.vocab_size != size or (expected is not None and tokenizer.fingerprint != expected):
+    expected = saved.state.get("tokenizer", {}).get("fingerprint")  # an imported model has none
+    size = config_of(saved).vocab_size
+    if tokenizer.vocab_size != size or expected not in (None, tokenizer.fingerprint):
         raise BadInput(
-            f"the tokenizer ({tokenizer.vocab_size:,} entries, {tokenizer.fingerprint[:12]}) is not the one {checkpoint.path} was trained with "
-            f"({size:,} entries, {str(expected)[:12]}): point --tokenizer at the right directory"
+            f"the tokenizer ({tokenizer.vocab_size:,} entries, {tokenizer.fingerprint[:12]}) is not the one that "
+            f"{saved.path} was trained with ({size:,} entries, {str(expected)[:12]}): point --tokenizer at that one"
         )

@@ -26,11 +26,12 @@ from nanochat.shards import Documents, Ints
 
 BUFFER_DOCUMENTS = 1000
 _AHEAD = 2  # batches packed before they are asked for
-_ID_BITS = 40  # a waiting document is one integer, its length above its id, so that sorting them sorts by length
 
 
 class Packer:
     """An endless sequence of rows, each a list of document pieces; it never sees a token.
+
+    Among documents of one length the one that has waited longest goes first.
 
     Epoch e (from 1) visits the documents in a permutation drawn from (seed, e). Documents still waiting at its end are
     used in the next. With fewer documents than the buffer holds it is made that small: else it would start with many
@@ -53,18 +54,21 @@ class Packer:
         self._capacity = capacity
         self._identity = {"seed": seed, "documents": len(lengths), "tokens": int(lengths.sum())}
         self.epoch, self._position = 1, 0
-        self._waiting: list[int] = []
+        # Sorted by (length, −arrival, document): what fits lies left of a bisection, among equals the oldest rightmost.
+        self._waiting: list[tuple[int, int, int]] = []
+        self._arrivals = 0
         if state is not None:
             for name, value in self._identity.items():
                 if state[name] != value:
                     raise BadInput(f"cannot resume on other data: its {name} was {state[name]}, now it is {value}")
             self.epoch, self._position = state["epoch"], state["position"]
-            self._waiting = [self._key(document) for document in state["waiting"]]
+            for document in state["waiting"]:
+                self._add(document)
         self._order = self._permutation()
 
     def state(self) -> dict[str, Any]:
-        """What is needed to go on with the next row, ready for JSON."""
-        waiting = [key & ((1 << _ID_BITS) - 1) for key in self._waiting]
+        """What is needed to go on with the next row, ready for JSON; `waiting` in the order of arrival."""
+        waiting = [document for _, _, document in sorted(self._waiting, key=lambda entry: -entry[1])]
         return {**self._identity, "epoch": self.epoch, "position": self._position, "waiting": waiting}
 
     def row(self) -> list[tuple[int, int]]:
@@ -73,11 +77,12 @@ class Packer:
         room = self._capacity
         while room:
             self._refill()
-            longest_that_fits = bisect_left(self._waiting, (room + 1) << _ID_BITS) - 1
-            key = self._waiting.pop(max(longest_that_fits, 0))
-            taken = min(key >> _ID_BITS, room)
-            pieces.append((key & ((1 << _ID_BITS) - 1), taken))
-            room -= taken
+            end = bisect_left(self._waiting, (room + 1,))
+            if not end:  # none fits: the shortest is cropped
+                end = bisect_left(self._waiting, (self._waiting[0][0] + 1,))
+            length, _, document = self._waiting.pop(end - 1)
+            pieces.append((document, min(length, room)))
+            room -= pieces[-1][1]
         return pieces
 
     def _refill(self) -> None:
@@ -85,11 +90,12 @@ class Packer:
             if self._position == len(self._order):
                 self.epoch, self._position = self.epoch + 1, 0
                 self._order = self._permutation()
-            insort(self._waiting, self._key(int(self._order[self._position])))
+            self._add(int(self._order[self._position]))
             self._position += 1
 
-    def _key(self, document: int) -> int:
-        return int(self._lengths[document]) << _ID_BITS | document
+    def _add(self, document: int) -> None:
+        insort(self._waiting, (int(self._lengths[document]), -self._arrivals, document))
+        self._arrivals += 1
 
     def _permutation(self) -> Ints:
         return np.random.default_rng((self._identity["seed"], self.epoch)).permutation(len(self._lengths))

@@ -4,7 +4,7 @@ The cache holds keys and values of each layer, and the last un-smeared embedding
 With it a step costs one token's forward, and its logits equal those of a forward over the whole text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,11 @@ from nvfp8.attention import band_mask, masked_attention
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
+    from nanochat.tokenizer import Tokenizer
+
+# What a run's samples begin with, and how far they go.
+PROMPTS = ("", "The ", "def ", "import ")
+SAMPLE_TOKENS = 32
 
 
 class KVCache:
@@ -52,8 +57,9 @@ class KVCache:
 
 @torch.inference_mode()
 def generate(
-    model: "GPT", prompt: list[int], max_tokens: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 42
-) -> Iterator[int]:
+    model: "GPT", prompt: list[int], max_tokens: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 42,
+    stop: int | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Sample a continuation, token by token.
 
     Args:
@@ -63,6 +69,7 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_k: sample among the k likeliest; 0 among all.
         seed: of the sampler alone.
+        stop: a token that ends the text, such as the next document's first; it is not part of it.
 
     Yields:
         The sampled ids.
@@ -80,5 +87,15 @@ def generate(
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = float("-inf")
             token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
+        if int(token) == stop:
+            return
         yield int(token)
         ids = token.view(1, 1)
+
+
+def continuations(model: "GPT", tokenizer: "Tokenizer", prompts: Sequence[str]) -> Iterator[str]:
+    """Each prompt with its likeliest continuation of up to SAMPLE_TOKENS tokens, as runs print them."""
+    for prompt in prompts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt, bos=False)]
+        sampled = generate(model, ids, SAMPLE_TOKENS, temperature=0, stop=tokenizer.bos_id)
+        yield prompt + tokenizer.decode(list(sampled))

@@ -7,9 +7,9 @@ Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.generate import KVCache
@@ -41,7 +41,8 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must divide n_embd {self.n_embd}, and n_kv_head {self.n_kv_head} n_head")
+            heads = f"n_head {self.n_head} must divide n_embd {self.n_embd}"
+            raise ValueError(f"{heads}, and n_kv_head {self.n_kv_head} must divide n_head")
         if self.head_dim % 2:
             raise ValueError(f"head dimension {self.head_dim} is odd: rotary needs two halves")
         if self.n_embd < SMEAR_CHANNELS:
@@ -51,8 +52,8 @@ class GPTConfig:
 
     @staticmethod
     def from_depth(
-        depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, sequence_len: int = 2048, vocab_size: int = 32768,
-        window_pattern: str = "SSSL",
+        depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, sequence_len: int = 2048,
+        vocab_size: int = 32768, window_pattern: str = "SSSL",
     ) -> "GPTConfig":  # fmt: skip
         """The model of a given depth: width depth·aspect_ratio, rounded up to whole heads.
 
@@ -76,7 +77,7 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def window(self, layer: int) -> int:
-        """How many earlier positions `layer` sees: all (L), or a quarter rounded up to 128 (S); the last layer sees all."""
+        """How many earlier positions `layer` sees: all (L, and the last layer), or a quarter rounded up to 128 (S)."""
         kind = self.window_pattern.upper()[layer % len(self.window_pattern)]
         if kind == "L" or layer == self.n_layer - 1:
             return self.sequence_len
@@ -91,6 +92,7 @@ class Attention(nn.Module):
     """Norm, projections, rotary, windowed attention and output projection, added to the stream."""
 
     def __init__(self, config: GPTConfig, layer: int, precision: Precision):
+        """Allocate the projections, and the gate where the layer has a value embedding."""
         super().__init__()
         self.heads = config.n_head, config.n_kv_head
         self.window = config.window(layer)
@@ -104,9 +106,25 @@ class Attention(nn.Module):
         self.qkv = precision.norm_linear(self.c_q, self.c_k, self.c_v)
 
     def forward(
-        self, x: Tensor, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor, table: Tensor | None,
-        backend: str, cache: KVCache | None, layer: int,
+        self, x: Tensor, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
+        table: Tensor | None, backend: str, cache: KVCache | None, layer: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attend and add to the stream.
+
+        Args:
+            x: (B, T, D) stream.
+            x0: (B, T, D) stream after the embedding.
+            lambdas: (2,) factors of x and x0.
+            rotary: cos and sin, (T, E/2) each.
+            ids: (B, T) token ids, rows of the value embedding.
+            table: (V, K·E) value embedding, None where the layer has none.
+            backend: attention backend.
+            cache: earlier keys and values, None in training.
+            layer: index of the block, for the cache.
+
+        Returns:
+            The stream (B, T, D), and x0 for the next block.
+        """
         stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
         gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
         q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids)
@@ -121,6 +139,7 @@ class Block(nn.Module):
     """Attention, then the MLP, each adding to the stream."""
 
     def __init__(self, config: GPTConfig, layer: int, precision: Precision):
+        """Allocate both halves; `GPT` calls them, since a block keeps nothing between them."""
         super().__init__()
         self.attn = Attention(config, layer, precision)
         self.mlp = precision.mlp(config.n_embd, 4 * config.n_embd)
@@ -166,8 +185,8 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, E/2) in the stream's dtype, computed in fp32."""
-        weight = self.transformer["wte"].weight
+        """Return cos and sin (length, E/2) in the stream's dtype, computed in fp32."""
+        weight = self.wte.weight
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=weight.device)
         frequencies = ROTARY_BASE ** -(channels / self.config.head_dim)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=weight.device), frequencies)
@@ -186,7 +205,7 @@ class GPT(nn.Module):
         def uniform(weight: Tensor, low: float, high: float) -> None:
             weight.uniform_(low, high, generator=generator)
 
-        self.transformer["wte"].weight.normal_(0, 0.8, generator=generator)
+        self.wte.weight.normal_(0, 0.8, generator=generator)
         self.lm_head.weight.normal_(0, 0.001, generator=generator)
         for block in self.blocks:
             for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
@@ -197,7 +216,7 @@ class GPT(nn.Module):
             if hasattr(block.attn, "ve_gate"):
                 uniform(block.attn.ve_gate.weight, 0, 0.02)
         for table in self.value_embeds.values():
-            uniform(table.weight, -bound, bound)
+            uniform(cast(nn.Embedding, table).weight, -bound, bound)
         uniform(self.smear_gate.weight, 0, 0.02)
         layers, device = self.config.n_layer, self.resid_lambdas.device
         position = torch.arange(layers, device=device) / max(layers - 1, 1)
@@ -214,7 +233,12 @@ class GPT(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         """The transformer blocks in order."""
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return cast(list[Block], list(cast(nn.ModuleList, self.transformer["h"])))
+
+    @property
+    def wte(self) -> nn.Embedding:
+        """The token embedding."""
+        return cast(nn.Embedding, self.transformer["wte"])
 
     @property
     def attention_backend(self) -> str:
@@ -226,25 +250,27 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.cos.shape[0]:
-            raise ValueError(f"position {end} is beyond the rotary tables of {self.cos.shape[0]}: call reset_rotary({end})")
+            tables = f"the rotary tables of {self.cos.shape[0]}"
+            raise ValueError(f"position {end} is beyond {tables}: call reset_rotary({end})")
         rotary = self.cos[start:end], self.sin[start:end]
         backend = self.attention_backend
-        embedded = self.ln_embed(self.transformer["wte"](ids))
+        embedded = self.ln_embed(self.wte(ids))
         x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()
-        middle = None
+        middle = x  # replaced by the stream after the middle block
         for layer, block in enumerate(self.blocks):
-            table = self.value_embeds[str(layer)].weight if str(layer) in self.value_embeds else None
+            name = str(layer)
+            table = cast(nn.Embedding, self.value_embeds[name]).weight if name in self.value_embeds else None
             x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, backend, cache, layer)
             x = block.mlp(x)
             if layer == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(ids.shape[1])
-        return self.ln_f(x - self.backout_lambda.to(x.dtype) * middle)  # type: ignore[no-any-return]
+        return self.ln_f(x - self.backout_lambda.to(x.dtype) * middle)
 
     def _smear(self, x: Tensor, previous: Tensor | None) -> Tensor:
-        """x[t] + λ·σ(gate(x[t, :24]))·x[t−1]; `previous` (B, 1, D) is what came before x[0], None at the start of a text."""
+        """x[t] + λ·σ(gate(x[t, :24]))·x[t−1]; `previous` (B, 1, D) came before x[0], None at the start of a text."""
         before = torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), 1)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * before
@@ -261,13 +287,13 @@ class GPT(nn.Module):
             0-d fp32: mean cross-entropy in nats, times `scale`; its backward may run once.
         """
         x = self._stream(ids, None)
-        return self.lm_head.loss(x.flatten(0, 1), targets.flatten(), scale)  # type: ignore[operator, no-any-return]
+        return self.lm_head.loss(x.flatten(0, 1), targets.flatten(), scale)
 
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token (B, T) fp32 in nats, 0 where the target is −1; no gradient."""
         x = self._stream(ids, None)
-        return self.lm_head.token_losses(x.flatten(0, 1), targets.flatten()).view_as(targets)  # type: ignore[operator, no-any-return]
+        return self.lm_head.token_losses(x.flatten(0, 1), targets.flatten()).view_as(targets)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
@@ -282,12 +308,13 @@ class GPT(nn.Module):
             (B, T, V), or (B, 1, V) with `last`.
         """
         x = self._stream(ids, cache)
-        return self.lm_head.logits(x[:, -1:] if last else x)  # type: ignore[operator, no-any-return]
+        return self.lm_head.logits(x[:, -1:] if last else x)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by group and in total; depends on the shape alone, whatever the precision."""
         counts = dict.fromkeys(("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars"), 0)
-        groups = {"transformer.wte": "wte", "value_embeds": "value_embeds", "lm_head": "lm_head", "transformer.h": "transformer_matrices"}
+        groups = {"transformer.h": "transformer_matrices", "transformer.wte": "wte"}
+        groups |= {name: name for name in ("value_embeds", "lm_head")}
         for name, parameter in self.named_parameters():
             group = next((group for prefix, group in groups.items() if name.startswith(prefix + ".")), "scalars")
             counts[group] += parameter.numel()

@@ -38,7 +38,7 @@ class StepRecord:
         tokens: tokens of the step's batch.
         tokens_per_second: throughput of this step.
         mfu: model FLOP/s as a part of the bf16 peak, 0 to 1; None where the peak is not known.
-        memory_gib: peak device memory so far in GiB; None where there is no device to ask.
+        memory_gib: peak memory so far in GiB, of the GPU where there is one; None if it was not measured.
         eta_seconds: estimated time to the end of training; None before there is a basis for it.
         epoch: passes over the training text begun, from 1.
         grad_norm: Frobenius norm of the gradient; None if it was not computed.

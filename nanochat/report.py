@@ -108,9 +108,9 @@ def _draw_throughput(axes: Axes, steps: list[int], rates: list[float], mfus: lis
 
 
 def _draw_memory(axes: Axes, steps: list[int], gibs: list[float]) -> None:
-    _style(axes, "peak device memory, GiB")
+    _style(axes, "peak memory, GiB")
     if not steps:
-        _say(axes, "not measured on this device")
+        _say(axes, "not measured in this run")
         return
     axes.plot(steps, gibs, color=ACCENT, linewidth=1.8, **_marker(steps))
     axes.set_ylim(0, 1.15 * max(gibs) or 1)

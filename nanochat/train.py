@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +24,10 @@ from nanochat import checkpoint, parallel, report, schedule
 from nanochat.adamw import AdamW
 from nanochat.build import build_model, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
-from nanochat.dataset import base_dir, resolve
+from nanochat.dataset import Split, base_dir, resolve
 from nanochat.errors import BadInput
 from nanochat.evaluate import bits_per_byte
-from nanochat.generate import generate
+from nanochat.generate import PROMPTS, continuations
 from nanochat.gpt import GPTConfig
 from nanochat.metrics import Metrics, StepRecord
 from nanochat.muon import Muon
@@ -38,8 +39,6 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
 from nvfp8 import hardware
 
-PROMPTS = ("", "The ", "def ", "import ")
-SAMPLE_TOKENS = 32
 WARMUP_STEPS = 3  # of this process: kernels are compiled, memory is taken; they say nothing about its speed
 
 
@@ -76,7 +75,9 @@ class Run:
         precision, why = choose_precision(config.precision, world.device.type)
         self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
         source = resolve(config.data)
-        self.store = open_or_build(source, self.tokenizer, base_dir() / "shards")
+        say = print if world.rank == 0 else lambda line: None
+        self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
+        self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
         self.token_bytes = self.tokenizer.token_bytes().to(world.device)
         try:
             shape = GPTConfig.from_depth(
@@ -115,7 +116,7 @@ class Run:
     def _resuming(self) -> bool:
         return self.config.resume or self.config.resume_from_step >= 0
 
-    def _resume(self) -> dict[str, object] | None:
+    def _resume(self) -> dict[str, Any] | None:
         """Load weights, optimizer state, progress and random state if asked; return the data position."""
         config = self.config
         if not self._resuming:
@@ -134,15 +135,15 @@ class Run:
         if config_of(saved) != self.model.config:
             raise BadInput(f"{path} holds another shape, {config_of(saved)}: give its --depth and the like, or another --model-tag")
         check_tokenizer(self.tokenizer, saved)
-        if saved.state.get("data", {}).get("fingerprint") != self.store.fingerprint:
-            raise BadInput(f"{path} was trained on other data than --data {config.data} now holds; start anew under another --model-tag")
+        if "progress" not in saved.state:
+            raise BadInput(f"{path} holds weights only, no optimizer state: it can be evaluated and sampled, not resumed")
         load_weights(self.model, saved)
         state = saved.optimizer()
         for optimizer in self.optimizers:
             optimizer.load_state_tensors(state)
         self.progress = Progress(**saved.state["progress"])
         checkpoint.set_rng_state(saved.state["rng"])
-        return saved.state["data"]["position"]  # type: ignore[no-any-return]
+        return saved.state["data"]["position"]
 
     def _move_earlier_run(self) -> Path | None:
         """A run that starts anew leaves an earlier one of the same tag whole, under another name."""
@@ -154,7 +155,7 @@ class Run:
         parallel.barrier()
         return moved
 
-    def _loader(self, split: str, state: dict[str, object] | None = None) -> BatchLoader:
+    def _loader(self, split: Split, state: dict[str, Any] | None = None) -> BatchLoader:
         return BatchLoader(
             self.store.split(split), self.config.device_batch_size, self.config.max_seq_len, rank=self.world.rank,
             world_size=self.world.size, device=self.world.device, seed=self.config.seed, state=state,
@@ -163,6 +164,7 @@ class Run:
     def _open_metrics(self) -> Metrics:
         name = None if self.config.run == "dummy" else self.config.run
         asked = {**asdict(self.config), "plan": asdict(self.plan), "model": asdict(self.model.config), **self._layers()}
+        asked["unigram_bits_per_byte"] = self.unigram
         return Metrics(self.directory, self.plan.steps, asked, wandb_run=name, start_step=self.start_step)
 
     def _layers(self) -> dict[str, str]:
@@ -223,7 +225,8 @@ class Run:
             self._save()
         if stop:
             signal = request.signal
-            self.say(f"stopped by {signal.name if signal else 'a signal to another rank'}: saved step {step}; --resume goes on from it")
+            who = signal.name if signal else "a signal to another rank"
+            self.say(f"stopped by {who}: step {step} is saved, --resume goes on from it")
             sys.exit(128 + (signal.value if signal else 15))
 
     def _step(self) -> None:
@@ -237,9 +240,8 @@ class Run:
             loss.backward()
             loss_sum += loss.detach()
         parallel.reduce_gradients(self.parameters, self.owner)
-        gradients = parallel.check_gradients(self.parameters, self.owner)
-        loss_value = float(parallel.total(loss_sum))
-        bad = gradients.bad or (None if math.isfinite(loss_value) else "the loss")
+        check = parallel.check_gradients(self.parameters, self.owner, loss_sum)
+        bad = check.bad or (None if math.isfinite(check.loss) else "the loss")
         multiplier = schedule.lr_multiplier(
             step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
         )
@@ -251,7 +253,7 @@ class Run:
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds
-        self._record(step, loss_value, multiplier, seconds, gradients.norm)
+        self._record(step, check.loss, multiplier, seconds, check.norm)
         self._count_bad(step, bad)
         if step == self.start_step:
             # Python's collector scans for cycles for up to half a second at a time and finds nothing.
@@ -318,7 +320,7 @@ class Run:
     def _evaluate(self) -> None:
         config = self.config
         micro_tokens = config.device_batch_size * config.max_seq_len * self.world.size
-        tokens = min(config.eval_tokens, int(self.store.split("val").lengths.sum()))
+        tokens = min(config.eval_tokens, self.store.split("val").total_tokens)
         batches = self._loader("val")
         try:
             bpb = bits_per_byte(self.model, batches, max(1, tokens // micro_tokens), self.token_bytes)
@@ -331,10 +333,8 @@ class Run:
     def _sample(self) -> None:
         if self.metrics is None:
             return
-        for prompt in PROMPTS:
-            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt, bos=False)]
-            text = self.tokenizer.decode(list(generate(self.model, ids, SAMPLE_TOKENS, temperature=0)))
-            self.metrics.sample(self.progress.step, prompt + text)
+        for text in continuations(self.model, self.tokenizer, PROMPTS):
+            self.metrics.sample(self.progress.step, text)
 
     def _save(self) -> None:
         optimizer = {name: value for part in self.optimizers for name, value in part.state_tensors().items()}
@@ -344,7 +344,7 @@ class Run:
             "plan": asdict(self.plan),
             "layers": self._layers(),
             "tokenizer": {"fingerprint": self.tokenizer.fingerprint, "vocab_size": self.tokenizer.vocab_size},
-            "data": {"fingerprint": self.store.fingerprint, "position": self.batches.state_dict()},
+            "data": {"source": self.config.data, "position": self.batches.state_dict()},
             "progress": asdict(self.progress),
             "rng": checkpoint.rng_state(),
             "environment": checkpoint.environment(),
@@ -359,8 +359,8 @@ class Run:
         if self.metrics is None:
             return
         if self.progress.best_bpb < math.inf:
-            unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
-            self.say(f"best validation loss {self.progress.best_bpb:.4f} bits per byte; token frequencies alone reach {unigram:.4f}")
+            best = self.progress.best_bpb
+            self.say(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
         picture = report.draw(self.directory)
         self.say(f"trained for {self.progress.seconds:.0f} s, peak memory {self._memory_gib():.1f} GiB; curves in {picture}")
 

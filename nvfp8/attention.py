@@ -37,7 +37,7 @@ class _ProjectHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
         d_qkv, d_gate, d_rows = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
@@ -64,7 +64,7 @@ def project_heads(
     Returns:
         q (B, T, H, E), k and v (B, T, K, E), contiguous, qkv's dtype.
     """
-    return _ProjectHeads.apply(qkv, cos, sin, heads, gate, table, ids)  # type: ignore[no-any-return]
+    return _ProjectHeads.apply(qkv, cos, sin, heads, gate, table, ids)
 
 
 @cache
@@ -82,7 +82,7 @@ def _why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
         if importlib.util.find_spec("flash_attn_interface") is None:
             return "flash_attn_interface is not installed"
         return None if torch.cuda.get_device_capability()[0] == 9 else "it runs on Hopper only"
-    return None if cudnn_attention.available() else "nvidia-cudnn-frontend is not installed (pip install 'nvfp8[cuda]')"
+    return None if cudnn_attention.available() else "nvidia-cudnn-frontend is not installed (pip install -e '.[cuda]')"
 
 
 def choose_backend(device_type: str, dtype: torch.dtype, wanted: str = "auto") -> str:
@@ -124,12 +124,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str)
     if backend == "fa3":
         from flash_attn_interface import flash_attn_func
 
-        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))  # type: ignore[no-any-return]
+        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
     if backend == "plain":
         positions = torch.arange(q.shape[1], device=q.device)
         return masked_attention(q, k, v, band_mask(positions, positions, window))
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return _sdpa(*heads_first, window).transpose(1, 2)
+    return _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window).transpose(1, 2)
 
 
 def band_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:

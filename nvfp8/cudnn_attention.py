@@ -150,8 +150,9 @@ class _CudnnAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        return *_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.window), None
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *_backward(d_out.contiguous(), q, k, v, out, lse, ctx.window), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -169,4 +170,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Raises:
         cudnn.cudnnGraphNotSupportedError: this cuDNN or device has no kernel for the shape.
     """
-    return _CudnnAttention.apply(q, k, v, window)  # type: ignore[no-any-return]
+    return _CudnnAttention.apply(q, k, v, window)

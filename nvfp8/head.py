@@ -51,7 +51,7 @@ class _Loss(torch.autograd.Function):
         return torch.cat(losses).sum() * factor
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used:
             raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
         ctx.used = True
@@ -80,7 +80,7 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             0-d fp32. dx and dW are computed now and kept until its backward, which may run once.
         """
-        return _Loss.apply(x, self.weight, targets, self.vocab, self.softcap, scale)  # type: ignore[no-any-return]
+        return _Loss.apply(x, self.weight, targets, self.vocab, self.softcap, scale)
 
     @torch.no_grad()
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:

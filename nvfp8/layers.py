@@ -27,12 +27,12 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         normed, rstd = ops(x).norm_forward(x)
         ctx.save_for_backward(x, rstd)
-        return normed  # type: ignore[no-any-return]
+        return normed
 
     @staticmethod
-    def backward(ctx: Any, d_normed: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, d_normed: Tensor) -> Tensor:
         x, rstd = ctx.saved_tensors
-        return ops(x).norm_backward(d_normed.contiguous(), x, rstd, None)[0]  # type: ignore[no-any-return]
+        return ops(x).norm_backward(d_normed.contiguous(), x, rstd, None)[0]
 
 
 class RMSNorm(nn.Module):
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), same dtype; statistics in fp32."""
-        return _Norm.apply(x)  # type: ignore[no-any-return]
+        return _Norm.apply(x)
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _LinearAdd(torch.autograd.Function):
         return stream
 
     @staticmethod
-    def backward(ctx: Any, d_stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, d_stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         d_stream = d_stream.contiguous()
         return d_stream, d_stream @ weight.to(x.dtype), weight_gradient(d_stream, x, weight.dtype)
@@ -75,7 +75,7 @@ class Linear(nn.Module):
         """
         if add_to is None:
             return F.linear(x, self.weight.to(x.dtype))
-        return _LinearAdd.apply(add_to, x, self.weight)  # type: ignore[no-any-return]
+        return _LinearAdd.apply(add_to, x, self.weight)
 
 
 def _stacked(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -94,7 +94,7 @@ class _NormLinear(torch.autograd.Function):
         return stream, x0, normed[..., :width].contiguous(), out
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, x0, lambdas, rstd, *weights = ctx.saved_tensors
@@ -136,7 +136,7 @@ class NormLinear(nn.Module):
             the projections, concatenated (..., Σ out_features).
         """
         weights = [projection.weight for projection in self._projections]
-        return _NormLinear.apply(x, x0, lambdas, width, *weights)  # type: ignore[no-any-return]
+        return _NormLinear.apply(x, x0, lambdas, width, *weights)
 
 
 class _ReluSquaredMLP(torch.autograd.Function):
@@ -150,7 +150,7 @@ class _ReluSquaredMLP(torch.autograd.Function):
         return out.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, rstd, activated, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
         d_w_proj = weight_gradient(dy, activated, w_proj.dtype)
@@ -171,4 +171,4 @@ class ReluSquaredMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D): the stream with the MLP's branch added."""
-        return _ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight)  # type: ignore[no-any-return]
+        return _ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight)

@@ -26,7 +26,7 @@ def weight_gradient(d_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_matmul_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left · right, in place, accumulated in fp32.
+    """Add left · right to `out` in place, accumulated in fp32.
 
     Args:
         out: (M, N) fp32 (or the operands' dtype).

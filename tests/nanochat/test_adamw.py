@@ -94,6 +94,12 @@ def test_no_gradient_counts_as_zeros() -> None:
     torch.testing.assert_close(params["w"].detach(), torch.full((3,), 1 - 0.02 * 0.1))
 
 
+def test_eps_bounds_the_step_of_tiny_gradients() -> None:
+    params, opt = make({"w": torch.zeros(2)}, lr=1.0)
+    run(params, opt, [{"w": torch.tensor([1e-10, 0.0])}])
+    torch.testing.assert_close(params["w"].detach(), torch.tensor([-0.5, 0.0]))
+
+
 def test_hyperparameters_are_read_at_every_step() -> None:
     start, grad = torch.randn(4), torch.randn(4)
     params, opt = make({"w": start}, weight_decay=0.0)

@@ -117,6 +117,7 @@ def test_owners_balance_and_do_not_depend_on_order() -> None:
     assert owner == {"a": 0, "b": 1, "c": 0, "d": 1, "e": 1, "f": 0}
     assert set(parallel.owners(sizes, 1).values()) == {0}
     assert parallel.owners({"a": 1}, 4) == {"a": 0}
+    assert parallel.owners({"a": 1, "b": 1, "c": 9}, 2) == {"c": 0, "a": 1, "b": 1}
 
 
 def test_one_process_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_a_run_is_drawn_as_recorded(tmp_path: Path, panels: dict[str, Axes]) -> 
         "training loss, nats per token",
         "validation, bits per byte",
         "tokens per second, median 1,001, MFU 40.0%",
-        "peak device memory, GiB",
+        "peak memory, GiB",
     ]
     assert texts(validation) == ["1.2500"] and texts(memory) == ["22.0"]
     assert [text.get_text() for text in validation.get_legend().get_texts()] == ["token frequencies alone 2.750"]
@@ -75,7 +75,7 @@ def test_one_step_on_a_cpu_without_evaluation(tmp_path: Path, panels: dict[str, 
     assert loss.lines[0].get_marker() == "o"  # a line through one point would be invisible
     assert [tick for tick in loss.get_xticks() if -0.5 <= tick <= 0.5] == [0]
     assert texts(validation) == ["no evaluation in this run"]
-    assert texts(memory) == ["not measured on this device"]
+    assert texts(memory) == ["not measured in this run"]
     assert throughput.get_title(loc="left") == "tokens per second, median 1,000"
 
 

@@ -22,7 +22,9 @@ def usable() -> list[str]:
 
 @pytest.mark.parametrize("backend", usable())
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-@pytest.mark.parametrize(("length", "window"), [(256, 256), (256, 128), (384, 130), (257, 64), (40, 3), (40, 0), (300, 299), (300, 298)])
+@pytest.mark.parametrize(
+    ("length", "window"), [(256, 256), (256, 128), (384, 130), (257, 64), (40, 3), (40, 0), (300, 299), (300, 298)]
+)
 def test_forward_and_gradients(backend: str, heads: tuple[int, int], length: int, window: int) -> None:
     if backend == "cudnn" and length % 8:
         length += 8 - length % 8
@@ -41,7 +43,8 @@ def test_forward_and_gradients(backend: str, heads: tuple[int, int], length: int
     for value, truth in zip(ours, truths, strict=True):
         # With window 0 a position sees itself alone: dq and dk are exactly 0, what remains is rounding.
         scale = truth.norm() if truth.norm() > 1e-9 * gradient.double().norm() else gradient.double().norm()
-        assert float((value.detach().double() - truth.detach()).norm() / scale) < (1e-2 if DTYPE == torch.bfloat16 else 1e-6)
+        bound = 1e-2 if torch.bfloat16 == DTYPE else 1e-6
+        assert float((value.detach().double() - truth.detach()).norm() / scale) < bound
 
 
 def test_window_counts_earlier_positions() -> None:

@@ -12,7 +12,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-def make(tokens: int = 300, width: int = 32, vocab: int = 100, dtype: torch.dtype = torch.float32) -> tuple[LinearCrossEntropy, Tensor, Tensor]:
+def make(
+    tokens: int = 300, width: int = 32, vocab: int = 100, dtype: torch.dtype = torch.float32
+) -> tuple[LinearCrossEntropy, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     head = LinearCrossEntropy(width, vocab, 128, 15.0)
     with torch.no_grad():

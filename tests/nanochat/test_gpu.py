@@ -1,0 +1,71 @@
+"""What only a GPU can show of the whole model: nanochat's logits in bf16, backends that agree, memory that is bounded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat.build import build_model
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.interchange import import_model
+from nvfp8.precision import bf16, fp32
+
+pytestmark = pytest.mark.gpu
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "nanochat_tiny"
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "sdpa"])
+def test_nanochats_logits_to_bf16_rounding(attention: str) -> None:
+    config, weights, _ = import_model(FIXTURE)
+    recorded = load_file(FIXTURE / "logits.safetensors")
+    errors = {}
+    for precision in (fp32(), bf16()):
+        backend = attention if precision.name == "bf16" else "sdpa"
+        model = build_model(GPTConfig(**config), precision, torch.device("cuda"), backend)
+        model.load_state_dict(weights)
+        errors[precision.name] = relative(model.logits(recorded["tokens"].cuda()).cpu(), recorded["logits"])
+    assert errors["fp32"] < 1e-5
+    assert errors["bf16"] < 2e-2  # three layers of 2⁻⁸ roundings; another eps or a window off by one gives 5e-2 and more
+
+
+def test_gradients_of_a_bf16_model_follow_fp32() -> None:
+    config = GPTConfig(sequence_len=512, vocab_size=1000, n_layer=3, n_head=2, n_kv_head=1, n_embd=256, window_pattern="SL")
+    ids = torch.randint(1000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+    gradients = []
+    for precision in (fp32(), bf16()):
+        model = build_model(config, precision, torch.device("cuda"))
+        generator = torch.Generator("cuda").manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, device="cuda", generator=generator))
+        model(ids, ids.roll(-1, 1)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, truth in gradients[0].items():
+        assert relative(gradients[1][name], truth) < 0.05, name
+
+
+def test_a_micro_batch_keeps_what_the_layers_say() -> None:
+    """20 bytes a token and channel of each block, plus what stands outside the blocks, and no logits."""
+    config = GPTConfig.from_depth(8, sequence_len=1024, window_pattern="L")
+
+    def kept(layers: int) -> int:
+        shape = GPTConfig(1024, 32768, layers, config.n_head, config.n_kv_head, config.n_embd, "L")
+        model: GPT = build_model(shape, bf16(), torch.device("cuda"))
+        ids = torch.randint(32768, (8, 1024), device="cuda")
+        model(ids, ids).backward()  # kernels, handles and gradients are there
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = model(ids, ids)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        del loss
+        return held
+
+    channels = 8 * 1024 * config.n_embd
+    # Two layers more: one has a value embedding. 1/rms, log-sum-exp and gates are the few per cent above 20.
+    assert (kept(8) - kept(6)) / 2 / channels < 20.6
