@@ -69,7 +69,8 @@ def main() -> None:
     truth = logits.pop("ours fp32").double()
     errors = {name: float((value.double() - truth).norm() / truth.norm()) for name, value in logits.items()}
     between = float((logits["nanochat bf16"].double() - logits["ours bf16"].double()).norm() / truth.norm())
-    print(json.dumps({"depth": args.depth, "relative to fp32": errors, "between both": between, "gpu": torch.cuda.get_device_name()}))
+    gpu = torch.cuda.get_device_name()
+    print(json.dumps({"depth": args.depth, "relative to fp32": errors, "between both": between, "gpu": gpu}))
 
 
 if __name__ == "__main__":
