@@ -23,7 +23,8 @@ from nanochat.interchange import import_model
 from nvfp8.precision import bf16, fp32
 
 PEER = """
-import sys, torch
+import sys, torch, types
+sys.modules["rustbpe"] = types.ModuleType("rustbpe")  # its tokenizer's trainer, not needed here
 out, depth = sys.argv[1], int(sys.argv[2])
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.checkpoint_manager import save_checkpoint

@@ -45,6 +45,10 @@ def test_gradients_of_a_bf16_model_follow_fp32() -> None:
                 parameter.add_(0.02 * torch.randn(parameter.shape, device="cuda", generator=generator))
         model(ids, ids.roll(-1, 1)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
+    # Scalars' gradients are sums with much cancellation, comparable only to each other: they are judged together.
+    scalars = [name for name, p in gradients[0].items() if p.ndim == 1]
+    for of_model in gradients:
+        of_model["scalars"] = torch.cat([of_model.pop(name) for name in scalars])
     for name, truth in gradients[0].items():
         assert relative(gradients[1][name], truth) < 0.05, name
 
