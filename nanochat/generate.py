@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvfp8.attention import band_mask, masked_attention
+from nvfp8.attention import band_mask, causal_attention, masked_attention
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What a run's samples begin with, and how far they go.
 PROMPTS = ("", "The ", "def ", "import ")
 SAMPLE_TOKENS = 32
+# Queries at a time that look back into the cache, so that their mask grows with the text, not with its square.
+QUERY_BLOCK = 128
 
 
 class KVCache:
@@ -45,10 +47,16 @@ class KVCache:
             raise ValueError(f"the KV cache holds {self.keys.shape[2]} positions, {end} are needed")
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
-        start = max(0, self.length - window)  # earlier keys are out of every query's sight
+        if self.length == 0:
+            return causal_attention(q, k, v, window, "sdpa")  # a prompt of any length
         positions = torch.arange(end, device=q.device)
-        mask = band_mask(positions[self.length :], positions[start:], window)
-        return masked_attention(q, self.keys[layer, :, start:end], self.values[layer, :, start:end], mask)
+        outputs = []
+        for block in q.split(QUERY_BLOCK, 1):
+            first = self.length + QUERY_BLOCK * len(outputs)
+            last, seen = first + block.shape[1], max(0, first - window)  # earlier keys are out of sight
+            mask = band_mask(positions[first:last], positions[seen:last], window)
+            outputs.append(masked_attention(block, self.keys[layer, :, seen:last], self.values[layer, :, seen:last], mask))
+        return torch.cat(outputs, 1)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more positions, after every layer has stored them."""

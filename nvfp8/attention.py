@@ -124,7 +124,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str)
     if backend == "fa3":
         from flash_attn_interface import flash_attn_func
 
-        return flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0), deterministic=deterministic)
+        return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp beside it
     if backend == "plain":
         positions = torch.arange(q.shape[1], device=q.device)
         return masked_attention(q, k, v, band_mask(positions, positions, window))
