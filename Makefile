@@ -22,7 +22,7 @@ FLAGS ?=
 
 .PHONY: train test lint
 
-train: $(TOKENIZER)/tokenizer.json
+train: $(INSTALLED) $(TOKENIZER)/tokenizer.json
 	$(RUN) -m scripts.base_train --data python --tokenizer $(TOKENIZER) $(MODEL) $(FLAGS)
 
 $(TOKENIZER)/tokenizer.json: | $(INSTALLED)

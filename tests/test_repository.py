@@ -231,7 +231,7 @@ Makefile  commands
 @pytest.mark.parametrize("target", ["train", "test", "lint"])
 def test_every_command_builds_its_environment_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(rf"^{target}: \$\(INSTALLED\)$", makefile, re.MULTILINE)
+    assert re.search(rf"^{target}: \$\(INSTALLED\)( |$)", makefile, re.MULTILINE)
     assert re.search(r"^\$\(INSTALLED\): pyproject\.toml constraints\.txt$", makefile, re.MULTILINE)
 
 
