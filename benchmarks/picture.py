@@ -1,6 +1,6 @@
 """Draw docs/steps.png from benchmarks/steps.csv: throughput and peak memory of whole steps, by depth and variant.
 
-    python -m benchmarks.picture
+Run it as `python -m benchmarks.picture`.
 """
 
 import csv
@@ -17,7 +17,7 @@ COLORS = ("#9aa5b1", "#1769aa", "#2e8b57", "#c77800")
 
 def main() -> None:
     """Read the table, draw one panel a depth and quantity, save."""
-    rows = list(csv.DictReader((HERE / "steps.csv").open()))
+    rows = list(csv.DictReader((HERE / "steps.csv").read_text().splitlines()))
     depths = sorted({int(row["depth"]) for row in rows})
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     quantities = (("tokens_per_second", 1e-3, "thousand tokens per second"), ("peak_gib", 1, "peak memory, GiB"))
