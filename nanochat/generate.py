@@ -50,7 +50,7 @@ class KVCache:
         if self.length == 0:
             return causal_attention(q, k, v, window, "sdpa")  # a prompt of any length
         positions = torch.arange(end, device=q.device)
-        outputs = []
+        outputs: list[Tensor] = []
         for block in q.split(QUERY_BLOCK, 1):
             first = self.length + QUERY_BLOCK * len(outputs)
             last, seen = first + block.shape[1], max(0, first - window)  # earlier keys are out of sight

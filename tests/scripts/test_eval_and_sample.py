@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             TrainConfig(
                 data=str(base / "texts.jsonl"), depth=1, aspect_ratio=32, head_dim=16, max_seq_len=16, device_batch_size=2,
                 total_batch_size=32, num_iterations=3, eval_every=-1, core_metric_every=-1, model_tag="tiny", device_type="cpu",
-            )  # fmt: skip
+            )
         )
     return base
 
