@@ -60,6 +60,52 @@ def peaks(device_name: str) -> Peaks | None:
     return _PEAKS.get(device_name)
 
 
-def has_fp8(capability: tuple[int, int]) -> bool:
-    """Whether tensor cores of this CUDA compute capability multiply FP8: Ada (8.9), Hopper (9.0) and later."""
-    return capability >= (8, 9)
+Capability = tuple[int, int]
+
+# What tensor cores can be asked for. `bf16` and `fp8` are instructions; the others are scalings inside the GEMM.
+FEATURES = ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")
+
+
+def missing(feature: str, capability: Capability) -> str | None:
+    """Why a device lacks `feature`, or None where it has it. Every guard on hardware asks here.
+
+    Args:
+        feature: one of FEATURES.
+        capability: CUDA compute capability, such as (9, 0).
+
+    Returns:
+        A clause to follow "because"; what Transformer Engine 2.20 refuses counts as lacking.
+    """
+    chip = f"compute capability {capability[0]}.{capability[1]}"
+    if feature == "bf16":
+        return None if capability >= (8, 0) else f"bf16 units came with 8.0, this is {chip}"
+    if feature == "fp8":
+        return None if capability >= (8, 9) else f"FP8 units came with 8.9 (Ada) and 9.0 (Hopper), this is {chip}"
+    if feature == "fp8_block":
+        return None if capability == (9, 0) else f"block scaling of FP8 is Hopper's (9.0) alone, this is {chip}"
+    if feature == "mxfp8":
+        if capability >= (12, 0):
+            return f"MXFP8 lacks GEMM layouts that training needs on 12.0 and later, this is {chip}"
+        return None if capability >= (10, 0) else f"MXFP8 came with 10.0 (Blackwell), this is {chip}"
+    if feature == "nvfp4":
+        return None if capability >= (10, 0) else f"NVFP4 came with 10.0 (Blackwell), this is {chip}"
+    raise ValueError(f"unknown feature {feature!r}: choose among {', '.join(FEATURES)}")
+
+
+def has_fp8(capability: Capability) -> bool:
+    """Whether tensor cores of this CUDA compute capability multiply FP8."""
+    return missing("fp8", capability) is None
+
+
+def best_recipe(capability: Capability) -> str:
+    """The recipe that `--recipe auto` takes: the fastest one this chip runs natively.
+
+    Raises:
+        ValueError: the chip has no FP8 units.
+    """
+    reason = missing("fp8", capability)
+    if reason is not None:
+        raise ValueError(f"no FP8 recipe runs here: {reason}")
+    if missing("mxfp8", capability) is None:
+        return "mxfp8"
+    return "current" if capability >= (12, 0) else "delayed"

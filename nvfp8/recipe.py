@@ -1,0 +1,180 @@
+"""A recipe says how each of a linear layer's three GEMMs is computed: operand formats, scaling, accumulation.
+
+    fprop   y  = x · wᵀ
+    dgrad   dx = dy · w
+    wgrad   dw = dyᵀ · x
+
+It is frozen data, the same for every backend: Transformer Engine is configured from it, and so are our own layers. A pair that
+no tensor core multiplies is refused when the recipe is made, so nothing has to fall back later.
+
+Formats: E4M3 (±448, 3 bits of mantissa) for what needs precision, E5M2 (±57344, 2 bits) for gradients, whose range is wide
+(arXiv 2209.05433). Scaling maps a tensor's largest magnitude, its amax, to the format's largest value: `current` measures it
+first, an extra pass; `delayed` takes it from the steps before, no pass; `row` one scale a row; blocks have one scale for 1×128
+or 128×128 elements (arXiv 2412.19437), MX blocks one power of two for 32 (arXiv 2310.10537), NVFP4 one E4M3 scale for 16.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Format = Literal["bf16", "e4m3", "e5m2", "e2m1"]
+Scaling = Literal["none", "delayed", "current", "row", "block1x128", "block128x128", "mx32", "nv16"]
+
+# Largest finite magnitude of each scaled format.
+LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+_PER_TENSOR = ("delayed", "current")
+# What hardware must offer for a scaling (`nvfp8.hardware.missing`).
+_FEATURES = {
+    "delayed": "fp8", "current": "fp8", "row": "fp8", "block1x128": "fp8_block", "block128x128": "fp8_block",
+    "mx32": "mxfp8", "nv16": "nvfp4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Format and scaling of one GEMM input."""
+
+    format: Format
+    scaling: Scaling
+
+    def __post_init__(self) -> None:
+        """Refuse a format with a scaling that is not made for it."""
+        scalings = {
+            "bf16": ("none",),
+            "e5m2": (*_PER_TENSOR, "row", "mx32"),
+            "e4m3": (*_PER_TENSOR, "row", "block1x128", "block128x128", "mx32"),
+            "e2m1": ("nv16",),
+        }
+        if self.format not in scalings:
+            raise ValueError(f"unknown format {self.format!r}: choose among {', '.join(scalings)}")
+        if self.scaling not in scalings[self.format]:
+            raise ValueError(f"{self.format} takes scaling {' or '.join(scalings[self.format])}, not {self.scaling!r}")
+
+
+BF16 = Operand("bf16", "none")
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One product left · right.
+
+    Attributes:
+        left: the activation or gradient.
+        right: the weight, or the activation in wgrad.
+        fast_accumulation: sum in the tensor core's 14 bits or so rather than promote to fp32 now and then. Errs by up
+            to 37% on long sums of one sign (docs of measured ceilings), so only fprop uses it.
+    """
+
+    left: Operand
+    right: Operand
+    fast_accumulation: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a pair that tensor cores do not multiply."""
+        formats, scalings = {self.left.format, self.right.format}, {self.left.scaling, self.right.scaling}
+        if formats == {"e5m2"}:
+            raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer: make one operand e4m3")
+        if len(formats & {"bf16", "e2m1"}) == 1 and len(formats) > 1:
+            raise ValueError(f"{self.left.format} times {self.right.format}: both operands must be of one width")
+        families = {_family(scaling) for scaling in scalings}
+        if len(families) > 1:
+            raise ValueError(f"scalings {self.left.scaling} and {self.right.scaling} do not go together in one GEMM")
+
+
+def _family(scaling: Scaling) -> str:
+    return "tensor" if scaling in _PER_TENSOR else "block" if scaling.startswith("block") else scaling
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the GEMMs of every linear layer run.
+
+    Attributes:
+        name: what flags and printouts call it.
+        fprop: x, w.
+        dgrad: dy, w.
+        wgrad: dy, x.
+        margin: delayed scaling leaves 2^margin of room above the amax it expects.
+        amax_history_len: how many amaxes delayed scaling remembers.
+        amax_compute_algo: which of them counts: the largest ("max") or the newest ("most_recent").
+        interval: steps between updates of the scale; Transformer Engine dropped the choice, so 1.
+    """
+
+    name: str
+    fprop: Gemm
+    dgrad: Gemm
+    wgrad: Gemm
+    margin: int = 0
+    amax_history_len: int = 16
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no backend follows."""
+        if self.interval != 1:
+            raise ValueError(f"interval {self.interval}: scales are updated every step (Transformer Engine ignores it): use 1")
+        if self.amax_history_len < 1:
+            raise ValueError(f"amax_history_len is {self.amax_history_len}: it must be at least 1")
+        if self.amax_compute_algo not in ("max", "most_recent"):
+            raise ValueError(f"amax_compute_algo {self.amax_compute_algo!r}: choose max or most_recent")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a device must have, names of `nvfp8.hardware.FEATURES`, sorted."""
+        operands = [operand for gemm in (self.fprop, self.dgrad, self.wgrad) for operand in (gemm.left, gemm.right)]
+        return tuple(sorted({_FEATURES[operand.scaling] for operand in operands if operand.scaling != "none"}))
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether any scale comes from a history."""
+        return self.fprop.left.scaling == "delayed"
+
+    def describe(self) -> str:
+        """One line: the three GEMMs with formats, scaling and accumulation."""
+        gemms = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+        return "; ".join(f"{name} {_line(gemm)}" for name, gemm in gemms.items())
+
+
+def _line(gemm: Gemm) -> str:
+    left, right = gemm.left, gemm.right
+    scaling = left.scaling if left.scaling == right.scaling else f"{left.scaling}/{right.scaling}"
+    return f"{left.format}×{right.format} {scaling}" + (", fast accumulation" if gemm.fast_accumulation else "")
+
+
+def _scaled(name: str, scaling: Scaling, gradient: Format, weight: Scaling | None = None) -> Recipe:
+    """E4M3 activations and weights, `gradient` for dy, fast accumulation in fprop alone."""
+    x, w, dy = Operand("e4m3", scaling), Operand("e4m3", weight or scaling), Operand(gradient, scaling)
+    fast = _family(scaling) in ("tensor", "row")
+    return Recipe(name, Gemm(x, w, fast), Gemm(dy, w), Gemm(dy, x))
+
+
+_NVFP4 = Operand("e2m1", "nv16")
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _scaled("delayed", "delayed", "e5m2"),
+        _scaled("current", "current", "e5m2"),
+        _scaled("rowwise", "row", "e5m2"),
+        _scaled("e4m3", "delayed", "e4m3"),
+        _scaled("blockwise", "block1x128", "e4m3", "block128x128"),
+        _scaled("mxfp8", "mx32", "e4m3"),
+        Recipe("nvfp4", Gemm(_NVFP4, _NVFP4), Gemm(_NVFP4, _NVFP4), Gemm(_NVFP4, _NVFP4)),
+    )
+}
+
+
+def recipe(name: str, **changes: object) -> Recipe:
+    """A named recipe, with fields changed.
+
+    Args:
+        name: a key of RECIPES.
+        changes: fields of Recipe, such as margin=1.
+
+    Raises:
+        ValueError: unknown name, or a field that makes no recipe; the message names it.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}: choose auto or one of {', '.join(RECIPES)}")
+    try:
+        return replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"recipe {name!r}: {error}") from error
