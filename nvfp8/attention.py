@@ -68,8 +68,8 @@ def project_heads(
 
 
 @cache
-def _why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run there, or None where it can."""
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why attention `backend` cannot run on a device type in a dtype, or None where it can."""
     if backend == "sdpa":
         return None
     if backend == "plain":
@@ -97,10 +97,10 @@ def choose_backend(device_type: str, dtype: torch.dtype, wanted: str = "auto") -
         ValueError: `wanted` is unknown or cannot run here; the message says why.
     """
     if wanted == "auto":
-        return next(name for name in BACKENDS if _why_not(name, device_type, dtype) is None)
+        return next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
     if wanted not in BACKENDS:
         raise ValueError(f"unknown attention backend {wanted!r}: choose auto or one of {', '.join(BACKENDS)}")
-    reason = _why_not(wanted, device_type, dtype)
+    reason = why_not(wanted, device_type, dtype)
     if reason is not None:
         raise ValueError(f"attention backend {wanted!r} cannot run here: {reason}")
     return wanted
