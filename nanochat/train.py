@@ -92,6 +92,7 @@ class Run:
         self.directory = base_dir() / "base_checkpoints" / config.tag
         self.progress = Progress()
         loader_state = self._resume()
+        parallel.broadcast_parameters(self.parameters, self.owner)  # one truth, also among unlike devices
         moved = self._move_earlier_run()
         self.start_step = self.progress.step
         self.batches = self._loader("train", loader_state)
