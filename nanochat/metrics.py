@@ -213,11 +213,18 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _start_wandb(name: str, config: Mapping[str, Any]) -> Any:
+def require_wandb() -> None:
+    """Raise BadInput where wandb is not installed."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise BadInput("wandb is not installed: pip install wandb, or leave out --run") from error
+
+
+def _start_wandb(name: str, config: Mapping[str, Any]) -> Any:
+    require_wandb()
+    import wandb
+
     try:
         return wandb.init(project="nanochat", name=name, config=dict(config))
     except wandb.Error as error:

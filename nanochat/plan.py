@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat import schedule
+from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train_config import TrainConfig
 
@@ -40,10 +41,13 @@ def make_plan(config: TrainConfig, model: GPT, world: int) -> Plan:
     Raises:
         BadInput: nothing sets the horizon, or micro-batches do not divide the batch.
     """
-    shape = GPTConfig.from_depth(
-        REFERENCE_DEPTH, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-        vocab_size=model.config.vocab_size, window_pattern=config.window_pattern,
-    )  # fmt: skip
+    try:
+        shape = GPTConfig.from_depth(
+            REFERENCE_DEPTH, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
+            vocab_size=model.config.vocab_size, window_pattern=config.window_pattern,
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"the scaling rules' reference of depth {REFERENCE_DEPTH} cannot be built: {error}") from error
     with torch.device("meta"):
         reference = _scaling_parameters(GPT(shape, model.precision))
     scaling = _scaling_parameters(model)

@@ -14,6 +14,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from nanochat.errors import BadInput
 from nanochat.evaluate import bits_per_byte
 from nanochat.generate import PROMPTS, continuations
 from nanochat.gpt import GPTConfig
-from nanochat.metrics import Metrics, StepRecord
+from nanochat.metrics import Metrics, StepRecord, require_wandb
 from nanochat.muon import Muon
 from nanochat.param_groups import groups, owned, ownership, set_hyperparameters
 from nanochat.plan import make_plan
@@ -75,9 +76,6 @@ class Run:
         precision, why = choose_precision(config.precision, world.device.type)
         self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
         source = resolve(config.data)
-        say = print if world.rank == 0 else lambda line: None
-        self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
-        self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
         self.token_bytes = self.tokenizer.token_bytes().to(world.device)
         try:
             shape = GPTConfig.from_depth(
@@ -88,18 +86,22 @@ class Run:
             raise BadInput(str(error)) from error
         self.model = build_model(shape, precision, world.device, config.attention, config.seed)
         self.plan = make_plan(config, self.model, world.size)
+        say = print if world.rank == 0 else lambda line: None
+        self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
+        self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
         self._build_optimizers()
         self.directory = base_dir() / "base_checkpoints" / config.tag
         self.progress = Progress()
+        self.changed: list[str] = []
         loader_state = self._resume()
         parallel.broadcast_parameters(self.parameters, self.owner)  # one truth, also among unlike devices
-        moved = self._move_earlier_run()
+        if config.run != "dummy":
+            require_wandb()  # before anything is moved
+        self._move_earlier_run(say)
         self.start_step = self.progress.step
         self.batches = self._loader("train", loader_state)
         self.metrics = self._open_metrics() if world.rank == 0 else None
         self._introduce(why, source.describe())
-        if moved is not None:
-            self.say(f"{self.directory} held an earlier run: it is now {moved} (--resume would have gone on with it)")
 
     def _build_optimizers(self) -> None:
         config, model = self.config, self.model
@@ -108,7 +110,9 @@ class Run:
             matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr, weight_decay=self.plan.weight_decay,
             batch_lr_scale=schedule.batch_lr_scale(self.plan.batch_tokens),
         )  # fmt: skip
-        self.parameters = dict(model.named_parameters())
+        # In the order in which backward reaches them: what is not finite spreads that way, so the first bad name is
+        # the closest to where it arose.
+        self.parameters = dict(sorted(model.named_parameters(), key=lambda item: _backward_position(item[0])))
         self.owner = ownership(all_groups, self.world.size)
         mine = {kind: owned(all_groups, kind, self.owner, self.world.rank) for kind in ("adamw", "muon")}
         self.optimizers = (AdamW(mine["adamw"]), Muon(mine["muon"], model.precision.compute_dtype))
@@ -143,18 +147,20 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.load_state_tensors(state)
         self.progress = Progress(**saved.state["progress"])
+        before, now = saved.state["train_config"], asdict(config)
+        names = now.keys() - {"resume", "resume_from_step"}
+        self.changed = [f"{name} {before.get(name)} -> {now[name]}" for name in sorted(names) if before.get(name) != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])
         return saved.state["data"]["position"]
 
-    def _move_earlier_run(self) -> Path | None:
+    def _move_earlier_run(self, say: Callable[[str], None]) -> None:
         """A run that starts anew leaves an earlier one of the same tag whole, under another name."""
-        moved = None
         if self.world.rank == 0 and not self._resuming and self.directory.exists():
             taken = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
             moved = next(path for path in taken if not path.exists())
             self.directory.rename(moved)
+            say(f"{self.directory} held an earlier run: it is now {moved} (--resume would have gone on with it)")
         parallel.barrier()
-        return moved
 
     def _loader(self, split: Split, state: dict[str, Any] | None = None) -> BatchLoader:
         return BatchLoader(
@@ -193,6 +199,8 @@ class Run:
             self.say("CORE is not evaluated here: --core-metric-every has no effect (-1 silences this line)")
         if self.start_step:
             self.say(f"resumed from {self.directory} at step {self.start_step}")
+        if self.changed:
+            self.say(f"changed since it was saved: {', '.join(self.changed)}")
 
     def loop(self) -> None:
         """Train to the end, or to a signal.
@@ -216,10 +224,9 @@ class Run:
         """Do what is due after `step` updates; leave the loop here if a signal asked for it."""
         config, last = self.config, step == self.plan.steps
         stop = parallel.any_rank(request.signal is not None)
-        fresh = step != self.start_step or step == 0 or last
-        if config.eval_every > 0 and not stop and fresh and (last or step % config.eval_every == 0):
+        if config.eval_every > 0 and not stop and (last or step % config.eval_every == 0):
             self._evaluate()
-        if config.sample_every > 0 and not stop and fresh and step > 0 and (last or step % config.sample_every == 0):
+        if config.sample_every > 0 and not stop and step > 0 and (last or step % config.sample_every == 0):
             self._sample()
         due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
         if (due or stop) and (step != self.start_step or step == 0):
@@ -242,7 +249,7 @@ class Run:
             loss_sum += loss.detach()
         parallel.reduce_gradients(self.parameters, self.owner)
         check = parallel.check_gradients(self.parameters, self.owner, loss_sum)
-        bad = check.bad or (None if math.isfinite(check.loss) else "the loss")
+        bad = check.bad if math.isfinite(check.loss) else "the loss"
         multiplier = schedule.lr_multiplier(
             step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
         )
@@ -364,6 +371,13 @@ class Run:
             self.say(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
         picture = report.draw(self.directory)
         self.say(f"trained for {self.progress.seconds:.0f} s, peak memory {self._memory_gib():.1f} GiB; curves in {picture}")
+
+
+def _backward_position(name: str) -> int:
+    """Where backward reaches a parameter: head, blocks from last to first (MLP, attention), then what feeds the first."""
+    if name.startswith("lm_head."):
+        return -sys.maxsize
+    return -2 * int(name.split(".")[2]) - (".mlp." in name) if name.startswith("transformer.h.") else 1
 
 
 def train(config: TrainConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nvfp8 import cudnn_attention
 from nvfp8.ops import ops
@@ -37,6 +38,7 @@ class _ProjectHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -64,7 +66,9 @@ def project_heads(
     Returns:
         q (B, T, H, E), k and v (B, T, K, E), contiguous, qkv's dtype.
     """
-    return _ProjectHeads.apply(qkv, cos, sin, heads, gate, table, ids)
+    # Kernels address these by token alone; `tokens[:, :-1]` and the like have other strides.
+    gate, table, ids = (None if t is None else t.contiguous() for t in (gate, table, ids))
+    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids)
 
 
 @cache
@@ -164,7 +168,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
     if window >= length - 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    block = max(window, 128)
+    block = 128
     blocks = -(-length // block)
     tail = blocks * block - length
     # Block i of queries, [i·block, (i+1)·block), sees keys [i·block − window, (i+1)·block).
@@ -177,8 +181,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     keys = torch.arange(window + block, device=q.device) + torch.arange(blocks, device=q.device)[:, None] * block - window
     distance = queries[:, :, None] - keys[:, None, :]
     mask = (distance >= 0) & (distance <= window) & (keys >= 0)[:, None, :]  # (n, block, window+block)
-    q_blocks, k_bands, v_bands = (x.transpose(1, 2).flatten(0, 1) for x in (q_blocks, k_bands, v_bands))
-    out = F.scaled_dot_product_attention(
-        q_blocks, k_bands, v_bands, attn_mask=mask.repeat(q.shape[0], 1, 1)[:, None], enable_gqa=grouped
-    )
-    return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    # Blocks become the batch, rows and heads one axis, so that one mask a block serves them all.
+    q_blocks, k_bands, v_bands = (x.flatten(0, 1).transpose(0, 1) for x in (q_blocks, k_bands, v_bands))
+    out = F.scaled_dot_product_attention(q_blocks, k_bands, v_bands, attn_mask=mask[:, None], enable_gqa=grouped)
+    return out.transpose(0, 1).unflatten(0, (q.shape[0], -1)).flatten(2, 3)[:, :, :length]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nvfp8.matmul import add_matmul_
 from nvfp8.ops import ops
@@ -30,11 +31,11 @@ def _chunk_rows(padded_vocab: int, dtype: torch.dtype) -> int:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, softcap: float, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, softcap: float, scale: float, with_gradient: bool
     ) -> Tensor:
         factor = scale / (targets >= 0).sum().clamp_min(1).float()  # 0-d: gradient of every valid token's loss
         cast = weight.to(x.dtype)
-        needs_gradient = any(ctx.needs_input_grad)
+        needs_gradient = with_gradient and any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if needs_gradient else None
         dw = torch.zeros_like(weight) if needs_gradient else None
         losses = []
@@ -46,17 +47,19 @@ class _Loss(torch.autograd.Function):
             if dx is not None and dw is not None:
                 torch.mm(logits, cast, out=dx[part])
                 add_matmul_(dw, logits.t(), x[part])
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(dx, dw)
         ctx.used = False
         return torch.cat(losses).sum() * factor
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used:
             raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
         ctx.used = True
         dx, dw = ctx.saved_tensors
-        return dx.mul_(d_loss), dw.mul_(d_loss), None, None, None, None
+        return dx.mul_(d_loss), dw.mul_(d_loss), None, None, None, None, None
 
 
 class LinearCrossEntropy(nn.Module):
@@ -80,7 +83,7 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             0-d fp32. dx and dW are computed now and kept until its backward, which may run once.
         """
-        return _Loss.apply(x, self.weight, targets, self.vocab, self.softcap, scale)
+        return _Loss.apply(x, self.weight, targets, self.vocab, self.softcap, scale, torch.is_grad_enabled())
 
     @torch.no_grad()
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:

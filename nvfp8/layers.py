@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nvfp8.matmul import weight_gradient
 from nvfp8.ops import ops
@@ -30,6 +31,7 @@ class _Norm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_normed: Tensor) -> Tensor:
         x, rstd = ctx.saved_tensors
         return ops(x).norm_backward(d_normed.contiguous(), x, rstd, None)[0]
@@ -52,6 +54,7 @@ class _LinearAdd(torch.autograd.Function):
         return stream
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         d_stream = d_stream.contiguous()
@@ -94,6 +97,7 @@ class _NormLinear(torch.autograd.Function):
         return stream, x0, normed[..., :width].contiguous(), out
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -150,6 +154,7 @@ class _ReluSquaredMLP(torch.autograd.Function):
         return out.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, rstd, activated, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()

@@ -118,6 +118,45 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: TrainCon
     assert_equal(tensors(8), whole)
 
 
+def test_resuming_repeats_what_was_due_and_says_what_changed(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluations() -> list[tuple[int, float]]:
+        return [(record["step"], record["bpb"]) for record in metrics.read(runs() / "tiny") if record["kind"] == "eval"]
+
+    train(replace(config, save_every=4))
+    whole = evaluations()
+    assert [step for step, _ in whole] == [0, 4, 8]
+    (runs() / "tiny" / "step_000008").rename(runs() / "away")
+    train(replace(config, resume=True, save_every=2))
+    assert evaluations() == whole
+    assert "changed since it was saved: save_every 4 -> 2" in capsys.readouterr().out
+
+
+def test_wandb_that_is_missing_moves_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(replace(config, num_iterations=2))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="wandb is not installed"):
+        train(replace(config, run="mine"))
+    assert checkpoint.find(runs() / "tiny").step == 2
+
+
+def test_a_bad_value_is_named_where_it_arose(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A NaN of block 0's MLP backward reaches resid_lambdas and the tables too; block 1 and the head stay finite."""
+    from nvfp8 import layers
+
+    real, calls = layers.weight_gradient, iter(range(10**6))
+
+    def spoiled(d_out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if next(calls) == 4:  # backward's fifth weight: block 1 takes c_proj, c_fc, attention's c_proj and qkv before
+            d_out.fill_(float("nan"))
+        return real(d_out, x, dtype)
+
+    monkeypatch.setattr(layers, "weight_gradient", spoiled)
+    train(replace(config, num_iterations=1))
+    assert "the gradient of transformer.h.0.mlp.c_" in capsys.readouterr().out
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
     train(replace(config, save_every=3))
     path = runs() / "tiny" / "step_000008" / "model.safetensors"
@@ -175,6 +214,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_checkpoint_intact(
         train(replace(config, save_every=2, max_bad_steps=3))
     assert exit_.value.code == 1
     out = capsys.readouterr().out
+    assert "step 4: the loss is not finite" in out
     assert "(3 in a row)" in out and "stopping after 3 such steps" in out
     saved = checkpoint.find(runs() / "tiny")
     assert all(value.isfinite().all() for value in saved.model().values())
@@ -220,6 +260,7 @@ def test_a_full_disk_while_saving_stops_with_one_line(config: TrainConfig, monke
     ("change", "message"),
     [
         ({"depth": 0}, "--depth is 0"),
+        ({"depth": 30, "aspect_ratio": 1, "head_dim": 2}, "reference of depth 12 cannot be built"),
         ({"fp8": True}, "no FP8 layers yet"),
         ({"num_iterations": -1, "target_param_data_ratio": -1}, "nothing says how long to train"),
         ({"total_batch_size": 200}, "the nearest is --total-batch-size 256"),

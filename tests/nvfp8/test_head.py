@@ -62,6 +62,13 @@ def test_no_valid_target_gives_zero() -> None:
     assert loss.item() == 0 and (x.grad == 0).all() and (head.weight.grad == 0).all()
 
 
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, targets = make(tokens=5)
+    monkeypatch.setattr(head_module, "add_matmul_", lambda *_: pytest.fail("a gradient GEMM ran under no_grad"))
+    with torch.no_grad():
+        assert head.loss(x, targets, 1.0) > 0
+
+
 def test_second_backward_is_refused() -> None:
     head, x, targets = make(tokens=5)
     loss = head.loss(x, targets, 1.0)

@@ -128,6 +128,29 @@ def test_mlp_keeps_two_tensors() -> None:
     assert kept_bytes == 2 * 16 * (2 * 64 + 2 * 256 + 4)  # … and 1/rms of each row
 
 
+def test_project_heads_takes_ids_of_any_strides() -> None:
+    """`tokens[:, :-1]` is how batches are usually cut; kernels address tokens as if they lay side by side."""
+    tokens = torch.randint(13, (3, 12), device=DEVICE)
+    qkv, table = leaf(3, 11, 64, seed=1), leaf(13, 16, seed=2)
+    gate = leaf(3, 11, 1, seed=3)
+    cos, sin = torch.ones(11, 8, device=DEVICE), torch.zeros(11, 8, device=DEVICE)
+    cut = tokens[:, :-1]
+    assert not cut.is_contiguous()
+    results = [project_heads(qkv, cos, sin, (2, 1), gate, table, ids)[2] for ids in (cut, cut.contiguous())]
+    assert torch.equal(*results)
+    (gradient,) = torch.autograd.grad(results[0].square().sum(), table)
+    (expected,) = torch.autograd.grad(results[1].square().sum(), table)
+    assert torch.equal(gradient, expected)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Backward is written by hand and not differentiable: asking for its gradient is an error, not a wrong number."""
+    x = leaf(3, 16, seed=1)
+    (dx,) = torch.autograd.grad(RMSNorm()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize("values", [True, False])
 def test_project_heads(values: bool, dtype: torch.dtype) -> None:
     batch, length, n_head, n_kv, size = 2, 11, 4, 2, 16
