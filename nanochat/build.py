@@ -14,6 +14,7 @@ from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
+from nvfp8.hardware import missing
 from nvfp8.precision import Precision, bf16, fp32
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -29,7 +30,7 @@ def choose_precision(name: str, device_type: str) -> tuple[Precision, str]:
     Raises:
         BadInput: the device cannot run it.
     """
-    native = device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    native = device_type == "cuda" and missing("bf16", torch.cuda.get_device_capability()) is None
     if name == "auto":
         return (bf16(), "this GPU computes in bf16") if native else (fp32(), "no bf16 GPU here")
     if name == "bf16" and device_type == "cuda" and not native:

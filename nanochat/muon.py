@@ -19,8 +19,9 @@ Passes over memory, in bytes a parameter, with fp32 gradients and a bf16 workspa
     sums of squares for NorMuon                       2                          2
     descend, one compiled pass                        x 2, w 4 + 4              10
 52 in all. At d24 (680 M) that is 35 GB, 8.4 ms at 4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). The two compiled passes
-are called once a matrix, straight on its gradient and weight: stacking them would move 24 bytes more, and the host's
-30 µs a call hide behind the GEMMs. Everything between the two passes that is not a GEMM works on row sums.
+are called once a matrix, straight on its gradient and weight: stacking them would move 24 bytes more. Each call costs the
+host about 0.1 ms, which hides behind the GEMMs at d24 but not at d12 (docs/log.md).
+Everything between the two passes that is not a GEMM works on row sums.
 """
 
 import math

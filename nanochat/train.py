@@ -131,6 +131,8 @@ class Run:
             try:
                 step = None if config.resume else config.resume_from_step
                 path = str(checkpoint.find(self.directory, step).path)
+                if step is not None:
+                    self._set_aside_after(step)
             except BadInput as error:
                 failure = error
         path = parallel.from_rank_0(path)
@@ -152,6 +154,15 @@ class Run:
         self.changed = [f"{name} {before.get(name)} -> {now[name]}" for name in sorted(names) if before.get(name) != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])
         return saved.state["data"]["position"]
+
+    def _set_aside_after(self, step: int) -> None:
+        """Going back to `step` abandons the steps after it: kept, but no longer what --resume would take."""
+        for later in (number for number in checkpoint.steps(self.directory) if number > step):
+            path = self.directory / f"step_{later:06d}"
+            names = (path.with_suffix(f".abandoned{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            print(f"resuming from step {step}: {path} is now {aside.name}")
 
     def _move_earlier_run(self, say: Callable[[str], None]) -> None:
         """A run that starts anew leaves an earlier one of the same tag whole, under another name."""

@@ -4,8 +4,8 @@
 on every backend; a window of w lets position t see t−w … t. Backends, best first:
 
 * `fa3`    FlashAttention 3 where `flash_attn_interface` is installed (Hopper, bf16): windows native.
-* `cudnn`  cuDNN's fused attention through its Python front end (bf16): windows native, 1.5 times faster on an H200 than
-           PyTorch's flash backend.
+* `cudnn`  cuDNN's fused attention through its Python front end (bf16): windows native, and faster on Hopper than
+           PyTorch's own flash backend.
 * `sdpa`   PyTorch's own; a window runs in blocks of queries against the band of keys they see, so the mask is T×(w + block).
 * `plain`  the definition, with its T×T scores: the twin for tests, refused on a GPU.
 

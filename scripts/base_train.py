@@ -1,7 +1,7 @@
 """Pretrain a GPT.
 
     python -m scripts.base_train --depth 12
-    torchrun --nproc_per_node=8 -m scripts.base_train --depth 24
+    torchrun --nproc_per_node=8 -m scripts.base_train -- --depth 24
 
 nanochat's flags keep their names and defaults, so its commands run unchanged; those under "beyond nanochat" are ours.
 """

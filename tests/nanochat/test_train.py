@@ -116,6 +116,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: TrainCon
     assert losses() == values
     train(replace(config, resume_from_step=3))
     assert_equal(tensors(8), whole)
+    # What came after step 3 was set aside, so --resume cannot jump to the abandoned run.
+    assert (runs() / "tiny" / "step_000008.abandoned1").is_dir() and checkpoint.steps(runs() / "tiny") == [3, 8]
 
 
 def test_resuming_repeats_what_was_due_and_says_what_changed(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
