@@ -321,12 +321,20 @@ class GPT(nn.Module):
         counts["total"] = sum(counts.values())
         return counts
 
-    def flops_per_token(self) -> int:
-        """Forward and backward FLOPs of one token: 6 per parameter of a matmul, 12·H·E·window per layer of attention.
+    def flop_counts(self) -> dict[str, int]:
+        """Forward and backward FLOPs of one token by group and in total, whatever the precision.
 
-        The count of PaLM (arXiv 2204.02311), with a window in place of the sequence where it is shorter.
+        6 per parameter of a matmul and 12·H·E·window per layer of attention: the count of PaLM (arXiv 2204.02311), with
+        a window in place of the sequence where it is shorter. Lookups cost none.
         """
-        counts = self.parameter_counts()
-        matmul = counts["transformer_matrices"] + counts["lm_head"] + self.smear_gate.weight.numel()
+        parameters = self.parameter_counts()
         windows = [min(self.config.window(layer), self.config.sequence_len) for layer in range(self.config.n_layer)]
-        return 6 * matmul + 12 * self.config.n_embd * sum(windows)
+        counts = {name: 6 * parameters[name] for name in ("transformer_matrices", "lm_head")}
+        counts["smear_gate"] = 6 * self.smear_gate.weight.numel()
+        counts["attention"] = 12 * self.config.n_embd * sum(windows)
+        counts["total"] = sum(counts.values())
+        return counts
+
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs of one token, all groups together."""
+        return self.flop_counts()["total"]

@@ -92,11 +92,6 @@ def missing(feature: str, capability: Capability) -> str | None:
     raise ValueError(f"unknown feature {feature!r}: choose among {', '.join(FEATURES)}")
 
 
-def has_fp8(capability: Capability) -> bool:
-    """Whether tensor cores of this CUDA compute capability multiply FP8."""
-    return missing("fp8", capability) is None
-
-
 def best_recipe(capability: Capability) -> str:
     """The recipe that `--recipe auto` takes: the fastest one this chip runs natively.
 

@@ -19,8 +19,6 @@ from typing import Literal
 Format = Literal["bf16", "e4m3", "e5m2", "e2m1"]
 Scaling = Literal["none", "delayed", "current", "row", "block1x128", "block128x128", "mx32", "nv16"]
 
-# Largest finite magnitude of each scaled format.
-LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 _PER_TENSOR = ("delayed", "current")
 # What hardware must offer for a scaling (`nvfp8.hardware.missing`).
 _FEATURES = {
@@ -122,11 +120,6 @@ class Recipe:
         """What a device must have, names of `nvfp8.hardware.FEATURES`, sorted."""
         operands = [operand for gemm in (self.fprop, self.dgrad, self.wgrad) for operand in (gemm.left, gemm.right)]
         return tuple(sorted({_FEATURES[operand.scaling] for operand in operands if operand.scaling != "none"}))
-
-    @property
-    def is_delayed(self) -> bool:
-        """Whether any scale comes from a history."""
-        return self.fprop.left.scaling == "delayed"
 
     def describe(self) -> str:
         """One line: the three GEMMs with formats, scaling and accumulation."""

@@ -69,6 +69,10 @@ def test_counts_do_not_depend_on_the_precision() -> None:
     assert counts["scalars"] == 3 + 3 + 24 + 1 + 1
     matmul = counts["transformer_matrices"] + counts["lm_head"] + 24
     assert models[0].flops_per_token() == 6 * matmul + 12 * 32 * 3 * 16  # every window covers 16 positions
+    flops = models[0].flop_counts()
+    assert flops == models[1].flop_counts()
+    assert flops["total"] == sum(count for name, count in flops.items() if name != "total")
+    assert flops["attention"] == 12 * 32 * 3 * 16 and flops["lm_head"] == 6 * counts["lm_head"]
 
 
 def test_sizes_of_the_named_depths() -> None:

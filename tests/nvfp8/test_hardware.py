@@ -1,7 +1,7 @@
 import pytest
 
 from nvfp8 import hardware
-from nvfp8.hardware import has_fp8, peaks
+from nvfp8.hardware import missing, peaks
 
 
 def test_known_devices_by_their_exact_names() -> None:
@@ -57,4 +57,4 @@ def test_every_entry_is_dense_and_in_si_units(name: str) -> None:
     ],
 )
 def test_fp8_from_ada_on(capability: tuple[int, int], expected: bool) -> None:
-    assert has_fp8(capability) is expected
+    assert (missing("fp8", capability) is None) is expected
