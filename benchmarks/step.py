@@ -1,6 +1,7 @@
 """Whole training steps on random tokens: tokens per second, peak memory, optimizer time, warm-up. One JSON line.
 
     python -m benchmarks.step --depth 24 --batch 16 --accumulation 8 [--steps 20] [--window-pattern L] [--precision bf16]
+    python -m benchmarks.step --depth 24 --batch 16 --precision te [--recipe delayed] [--te-layers separate] [--te-head te] …
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps, compilation included, imports and model initialization not. Medians.
@@ -11,16 +12,18 @@ import json
 import os
 import statistics
 import time
+from dataclasses import asdict
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
 from nanochat.adamw import AdamW
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.build import build_model, choose_precision
+from nanochat.gpt import GPTConfig
 from nanochat.muon import Muon
 from nanochat.param_groups import groups, owned, ownership
-from nvfp8.precision import bf16, fp32
+from scripts.engine_flags import add_engine_flags, engine_options
 
 
 def main() -> None:
@@ -31,14 +34,14 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--window-pattern", default="L")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
+    add_engine_flags(parser)
     args = parser.parse_args()
     device = torch.device("cuda")
     config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
-    with torch.device("meta"):
-        model = GPT(config, {"bf16": bf16, "fp32": fp32}[args.precision]())
-    model.to_empty(device=device)
-    model.init_weights()
+    options = engine_options(args) if args.precision == "te" else None
+    precision, _ = choose_precision(args.precision, "cuda", options)
+    model = build_model(config, precision, device)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizer_ms = []
@@ -75,7 +78,8 @@ def main() -> None:
         json.dumps(
             {
                 "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
-                "precision": args.precision, "attention": model.attention_backend, "tok_s": round(rate),
+                "precision": args.precision, "engine": asdict(options) if options else None,
+                "attention": model.attention_backend, "tok_s": round(rate),
                 "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
                 "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1), "warm_s": round(warm, 1),
                 "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

@@ -22,6 +22,7 @@ from nvfp8.state import Codec, codec_of
 
 def _update(
     parameter: Tensor,  # (n,) any float
+    master: Tensor | None,  # (n,) fp32, of which the parameter is the rounded copy
     grad: Tensor,  # (n,) any float
     exp_avg: Tensor,  # (n,) stored
     exp_avg_sq: Tensor,  # (n,) stored
@@ -39,22 +40,27 @@ def _update(
     m = m + take1 * (g - m)
     v = codec.decode(exp_avg_sq)
     v = v + take2 * (g * g - v)
-    parameter.copy_(parameter.float() * keep - step_size * (m / ((v * unbias2).sqrt() + eps)))
+    value = parameter.float() if master is None else master
+    value = value * keep - step_size * (m / ((v * unbias2).sqrt() + eps))
+    if master is not None:
+        master.copy_(value)
+    parameter.copy_(value)
     codec.encode_(exp_avg, m)
     codec.encode_(exp_avg_sq, v)
 
 
 class AdamW(NamedOptimizer):
-    """AdamW over groups that each hold lr, betas, eps and weight_decay."""
+    """AdamW over groups that each hold lr, betas, eps, weight_decay and master."""
 
     kind = "adamw"
 
     def __init__(self, groups: list[dict[str, Any]], codec: Codec | None = None) -> None:
-        """Allocate both moments of every parameter, as zeros.
+        """Allocate both moments of every parameter, as zeros, and the masters.
 
         Args:
-            groups: `params` (contiguous), parallel `names`, lr, betas (β₁, β₂), eps, weight_decay.
-            codec: how both moments are stored; None keeps them in each parameter's own dtype.
+            groups: `params` (contiguous), parallel `names`, lr, betas (β₁, β₂), eps, weight_decay; `master`: False for
+                tables that are their own master, whose moments have their dtype.
+            codec: how all moments are stored; None is fp32, or a table's own dtype.
 
         Raises:
             ValueError: names do not match parameters, or a dtype has no codec.
@@ -62,16 +68,18 @@ class AdamW(NamedOptimizer):
         super().__init__(groups)
         for group in self.param_groups:
             for p in group["params"]:
-                c = codec or codec_of(p.dtype)
+                c = codec or codec_of(torch.float32 if group["master"] else p.dtype)
                 self.state[p] = {"codec": c, **{k: c.allocate(p.shape, p.device) for k in ("exp_avg", "exp_avg_sq")}}
+                if group["master"] and p.dtype != torch.float32:
+                    self.state[p]["master"] = p.detach().float()
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return `<name>.exp_avg` and `<name>.exp_avg_sq` of every parameter, as stored."""
+        """Return `<name>.exp_avg`, `.exp_avg_sq` and, where there is one, `.master` of every parameter, as stored."""
         return {
             f"{name}.{key}": self.state[p][key]
-            for group in self.param_groups
-            for name, p in zip(group["names"], group["params"], strict=True)
-            for key in ("exp_avg", "exp_avg_sq")
+            for name, p in self.named_parameters()
+            for key in ("exp_avg", "exp_avg_sq", "master")
+            if key in self.state[p]
         }
 
     @torch.no_grad()
@@ -90,5 +98,7 @@ class AdamW(NamedOptimizer):
             )
             for p in group["params"]:
                 s = self.state[p]
-                flat = (p.view(-1), gradient(p).reshape(-1), s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1))
+                master = s["master"].view(-1) if "master" in s else None
+                flat = (p.view(-1), master, gradient(p).reshape(-1), s["exp_avg"].view(-1), s["exp_avg_sq"].view(-1))
                 fused(_update, p)(*flat, s["codec"], *hyper)
+        self.mark_changed()

@@ -3,8 +3,9 @@
 Training, evaluation and sampling share it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,33 +15,86 @@ from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
-from nvfp8.hardware import missing
+from nvfp8 import te
+from nvfp8.hardware import best_recipe, missing
 from nvfp8.precision import Precision, bf16, fp32
+from nvfp8.precision import te as te_precision
+from nvfp8.recipe import parse_recipe
 
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "te", "bf16", "fp32")
 
 
-def choose_precision(name: str, device_type: str) -> tuple[Precision, str]:
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `--precision te` can be told; `base_train --help` says what each means.
+
+    Attributes:
+        recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,amax_history_len=32".
+        layers: "fused" or "separate".
+        head: "chunked" or "te".
+        weights: "bf16" or "fp8".
+        norm_weight: whether norms have learnable scales.
+    """
+
+    recipe: str = "auto"
+    layers: Literal["fused", "separate"] = "fused"
+    head: Literal["chunked", "te"] = "chunked"
+    weights: Literal["bf16", "fp8"] = "bf16"
+    norm_weight: bool = False
+
+
+def choose_precision(name: str, device_type: str, options: EngineOptions | None = None) -> tuple[Precision, str]:
     """The precision a run computes in, and why in a few words.
 
     Args:
-        name: one of PRECISIONS; "auto" takes the best this device has: bf16 on a GPU that computes in it, else fp32.
+        name: one of PRECISIONS; "auto" takes the best this device has: Transformer Engine where `options` are given (it
+            trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32.
         device_type: "cuda" or "cpu".
+        options: for Transformer Engine.
 
     Raises:
-        BadInput: the device cannot run it.
+        BadInput: the device cannot run it, or an option is not one.
     """
     native = device_type == "cuda" and missing("bf16", torch.cuda.get_device_capability()) is None
+    if name == "te":
+        return _transformer_engine(device_type, options or EngineOptions()), "asked for"
+    if options not in (None, EngineOptions()) and name != "auto":
+        raise BadInput(f"--recipe and the --te flags go with --precision te, not with {name}")
     if name == "auto":
+        if options is not None and device_type == "cuda":
+            reason = te.unavailable()
+            if reason is None:
+                return _transformer_engine(device_type, options), "Transformer Engine is installed and this GPU computes in FP8"
+            if options != EngineOptions():
+                raise BadInput(f"--recipe and the --te flags need Transformer Engine: {reason}")
+            if native:
+                return bf16(), f"this GPU computes in bf16; no FP8, since {reason}"
         return (bf16(), "this GPU computes in bf16") if native else (fp32(), "no bf16 GPU here")
     if name == "bf16" and device_type == "cuda" and not native:
         raise BadInput(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16 units; use --precision fp32")
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
 
 
-def build_model(
-    config: GPTConfig, precision: Precision, device: torch.device, attention: str = "auto", seed: int = 42
-) -> GPT:
+def _transformer_engine(device_type: str, options: EngineOptions) -> Precision:
+    try:
+        chosen = parse_recipe(options.recipe if options.recipe != "auto" else "delayed")
+        reason = "it needs a CUDA device" if device_type != "cuda" else te.unavailable()
+        if reason is not None:
+            raise BadInput(f"--precision te: {reason}; or use --precision bf16")
+        best = best_recipe(torch.cuda.get_device_capability())
+        if options.recipe == "auto":
+            chosen = parse_recipe(best)
+        reason = te.unsupported(chosen)
+        if reason is not None:
+            raise BadInput(f"--recipe {chosen.name}: {reason}; use --recipe {best} here")
+        return te_precision(
+            chosen, layers=options.layers, te_head=options.head == "te", weights=options.weights, norm_weight=options.norm_weight
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def build_model(config: GPTConfig, precision: Precision, device: torch.device, attention: str = "auto", seed: int = 42) -> GPT:
     """A model with initial weights on `device`; memory is taken once, for the parameters as they will be.
 
     Raises:

@@ -6,8 +6,9 @@ layers come from a `Precision`; this file says how they are joined and what valu
 Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head dimension.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +169,8 @@ class GPT(nn.Module):
                 "h": nn.ModuleList([Block(config, layer, precision) for layer in layers]),
             }
         )
-        self.ln_embed = precision.norm()
-        self.ln_f = precision.norm()
+        self.ln_embed = precision.norm(config.n_embd)
+        self.ln_f = precision.norm(config.n_embd)
         self.lm_head = precision.head(config.n_embd, config.vocab_size, config.padded_vocab, SOFTCAP)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -203,10 +204,17 @@ class GPT(nn.Module):
         bound = (3 / self.config.n_embd) ** 0.5  # uniform with standard deviation 1/√D
 
         def uniform(weight: Tensor, low: float, high: float) -> None:
-            weight.uniform_(low, high, generator=generator)
+            weight.copy_(torch.empty_like(weight, dtype=wide(weight)).uniform_(low, high, generator=generator))
 
-        self.wte.weight.normal_(0, 0.8, generator=generator)
-        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+        def normal(weight: Tensor, std: float) -> None:
+            weight.copy_(torch.empty_like(weight, dtype=wide(weight)).normal_(0, std, generator=generator))
+
+        def wide(weight: Tensor) -> torch.dtype:
+            """Drawn in fp32, so that every precision starts from the same values, rounded."""
+            return torch.promote_types(weight.dtype, torch.float32)
+
+        normal(self.wte.weight, 0.8)
+        normal(self.lm_head.weight, 0.001)
         for block in self.blocks:
             for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 uniform(projection.weight, -bound, bound)
@@ -224,6 +232,9 @@ class GPT(nn.Module):
         self.x0_lambdas.copy_(0.20 - 0.15 * position)
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm_weight"):
+                parameter.fill_(1)
         self.reset_rotary()
 
     def reset_rotary(self, length: int | None = None) -> None:
@@ -286,8 +297,9 @@ class GPT(nn.Module):
         Returns:
             0-d fp32: mean cross-entropy in nats, times `scale`; its backward may run once.
         """
-        x = self._stream(ids, None)
-        return self.lm_head.loss(x.flatten(0, 1), targets.flatten(), scale)
+        with self.precision.autocast(scale / ids.numel()):
+            x = self._stream(ids, None)
+            return self.lm_head.loss(x.flatten(0, 1), targets.flatten(), scale)
 
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -309,6 +321,27 @@ class GPT(nn.Module):
         """
         x = self._stream(ids, cache)
         return self.lm_head.logits(x[:, -1:] if last else x)
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        """What FP8 layers remember of their tensors' magnitudes, `<layer>.<what>` -> tensor; empty where nothing is."""
+        engines = self._engines()
+        return {f"{name}.{what}": value for name, engine in engines.items() for what, value in engine.scaling_state().items()}
+
+    def load_scaling_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what `scaling_state` returned, of the same precision.
+
+        Raises:
+            ValueError: it is of another precision; the message says what differs.
+        """
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            name, _, what = key.rpartition(".")
+            by_layer.setdefault(name, {})[what] = value
+        for name, engine in self._engines().items():
+            engine.load_scaling_state(by_layer.get(name, {}))
+
+    def _engines(self) -> dict[str, Any]:
+        return {name: module.engine for name, module in self.named_modules() if hasattr(module, "engine")}
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by group and in total; depends on the shape alone, whatever the precision."""

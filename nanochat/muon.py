@@ -18,9 +18,10 @@ Passes over memory, in bytes a parameter, with fp32 gradients and a bf16 workspa
     Polar Express                                     5 (X copied into the GEMM's output) x 4, the rest is GEMM   20
     sums of squares for NorMuon                       2                          2
     descend, one compiled pass                        x 2, w 4 + 4              10
-52 in all. At d24 (680 M) that is 35 GB, 8.4 ms at 4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). The two compiled passes
-are called once a matrix, straight on its gradient and weight: stacking them would move 24 bytes more. Each call costs the
-host about 0.1 ms, which hides behind the GEMMs at d24 but not at d12 (docs/log.md).
+52 in all, and as many with bf16 gradients and weights beside fp32 masters. At d24 (680 M) that is 35 GB, 8.4 ms at 4.2 TB/s,
+beside 39 ms of GEMMs (26.1 TFLOP). The two compiled passes are called once a matrix, straight on its gradient and weight:
+stacking them would move 24 bytes more. Each call costs the host about 0.1 ms, which hides behind the GEMMs at d24 but not at
+d12 (docs/log.md).
 Everything between the two passes that is not a GEMM works on row sums.
 """
 
@@ -54,11 +55,17 @@ def _nesterov(grad: Tensor, momentum: Tensor, x: Tensor, codec: Codec, take: Ten
     x.copy_(g + mu * (m - g))
 
 
-def _descend(weight: Tensor, x: Tensor, scale: Tensor, lr: Tensor, lr_wd: Tensor) -> None:
-    """Step `weight` (r, c) along u = x·scale, scale fp32 (r, 1) or (1, c); decay where u pulls the same way."""
-    w = weight.float()
+def _descend(weight: Tensor, master: Tensor | None, x: Tensor, scale: Tensor, lr: Tensor, lr_wd: Tensor) -> None:
+    """Step `weight` (r, c) along u = x·scale, scale fp32 (r, 1) or (1, c); decay where u pulls the same way.
+
+    Where the weight is the rounded copy of an fp32 `master`, that one is stepped.
+    """
+    w = weight.float() if master is None else master
     u = x.float() * scale
-    weight.copy_(w - lr * u - lr_wd * w * (u * w >= 0))
+    value = w - lr * u - lr_wd * w * (u * w >= 0)
+    if master is not None:
+        master.copy_(value)
+    weight.copy_(value)
 
 
 def polar_express(x: Tensor) -> Tensor:
@@ -111,6 +118,7 @@ class _Stack:
     params: list[Tensor]  # n of (r, c)
     momentum: Tensor  # (n, r, c), stored by the codec
     second_moment: Tensor  # (n, r, 1), or (n, 1, c) where r < c; fp32
+    master: Tensor | None  # (n, r, c) fp32 where the matrices are stored lower
 
 
 def _stacks(group: dict[str, Any], codec: Codec) -> list[_Stack]:
@@ -122,11 +130,13 @@ def _stacks(group: dict[str, Any], codec: Codec) -> list[_Stack]:
         by_shape.setdefault((p.shape, p.dtype), []).append((name, p))
     # Square shapes last: a compiled function that first meets r = c would take the two for one size and compile again.
     stacks = []
-    for ((r, c), _), members in sorted(by_shape.items(), key=lambda item: item[0][0][0] == item[0][0][1]):
+    for ((r, c), dtype), members in sorted(by_shape.items(), key=lambda item: item[0][0][0] == item[0][0][1]):
         n, device = len(members), members[0][1].device
         second_moment = torch.zeros((n, r, 1) if r >= c else (n, 1, c), dtype=torch.float32, device=device)
         momentum = codec.allocate((n, r, c), device)
-        stacks.append(_Stack([m[0] for m in members], [m[1] for m in members], momentum, second_moment))
+        params = [parameter for _, parameter in members]
+        master = None if dtype == torch.float32 else torch.stack([p.detach().float() for p in params])
+        stacks.append(_Stack([name for name, _ in members], params, momentum, second_moment, master))
     return stacks
 
 
@@ -160,16 +170,14 @@ class Muon(NamedOptimizer):
         self._stacks = [_stacks(group, self.codec) for group in self.param_groups]
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return `<name>.momentum` (r, c) and `<name>.second_moment` (r, 1) or (1, c) of every matrix, as stored."""
+        """Return `<name>.momentum` (r, c), `.second_moment` (r, 1) or (1, c) and `.master` (r, c) of every matrix, as stored."""
         return {
-            key: value
+            f"{name}.{what}": buffer[i]
             for stacks in self._stacks
             for stack in stacks
             for i, name in enumerate(stack.names)
-            for key, value in (
-                (f"{name}.momentum", stack.momentum[i]),
-                (f"{name}.second_moment", stack.second_moment[i]),
-            )
+            for what, buffer in (("momentum", stack.momentum), ("second_moment", stack.second_moment), ("master", stack.master))
+            if buffer is not None
         }
 
     @torch.no_grad()
@@ -181,6 +189,7 @@ class Muon(NamedOptimizer):
                 n, size = len(stack.params), self._chunk(stack)
                 for start in range(0, n, size):
                     self._update(stack, slice(start, min(start + size, n)), group)
+        self.mark_changed()
 
     def _chunk(self, stack: _Stack) -> int:
         """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""
@@ -202,5 +211,6 @@ class Muon(NamedOptimizer):
         r, c = momentum.shape[1:]
         lr = group["lr"] * math.sqrt(max(1, r / c))
         lr_t, lr_wd = scalar(lr), scalar(lr * group["weight_decay"])
-        for p, u, s in zip(params, x, scale, strict=True):
-            fused(_descend, p)(p.detach(), u, s, lr_t, lr_wd)  # a Parameter's own sizes would be compile-time constants
+        masters = [None] * len(params) if stack.master is None else stack.master[part]
+        for p, master, u, s in zip(params, masters, x, scale, strict=True):
+            fused(_descend, p)(p.detach(), master, u, s, lr_t, lr_wd)  # a Parameter's own sizes would be compile-time constants

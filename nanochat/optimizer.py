@@ -4,6 +4,9 @@ State goes into a checkpoint as a flat mapping `<parameter name>.<what>` -> tens
 number of processes, each owning other parameters, can pick out what it owns. All of it is allocated when the optimizer
 is built: memory does not grow at the first step, and a checkpoint has a place to be loaded into.
 
+A parameter stored below fp32 has an fp32 master here, unless its group says that it is its own (`master` False, embedding
+tables): math reads and writes the master, the parameter is the master rounded.
+
 Hyperparameters reach compiled functions as 0-D CPU tensors: their values are kernel arguments, not constants, so that a
 learning rate that changes every step never recompiles. Nothing here makes the host wait for the GPU.
 """
@@ -78,6 +81,14 @@ class NamedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"two parameters are called {name!r}")
                 seen.add(name)
 
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Return (name, parameter) of all groups."""
+        return [pair for group in self.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+
+    def mark_changed(self) -> None:
+        """Raise the version counter of every parameter, as compiled code may not: FP8 copies are renewed by it."""
+        torch.autograd.graph.increment_version([parameter for _, parameter in self.named_parameters()])
+
     def named_state(self) -> dict[str, Tensor]:
         """Return the stored state itself, not copies: `<parameter name>.<what>` -> tensor."""
         raise NotImplementedError
@@ -86,26 +97,32 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Return what a checkpoint must hold: the named state, and `<kind>.steps`, 0-D int64 on the CPU."""
         return {**self.named_state(), f"{self.kind}.steps": torch.tensor(self.steps, dtype=torch.int64, device="cpu")}
 
-    def load_state_tensors(self, saved: Mapping[str, Tensor], strict: bool = True) -> None:
+    def load_state_tensors(self, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Copy `saved` into the state. It may hold more keys than this process owns; those are left alone.
 
         Each key is read once, one at a time, so that a mapping that reads from disk needs no room for all of them.
+        Masters go with the weights' dtype, which the precision chooses: where this run keeps one and `saved` does not, it
+        comes from `weights`; where only `saved` has one, it becomes the weight.
 
         Args:
             saved: as `state_tensors` gave it, from any number of processes.
-            strict: False leaves the state of keys that `saved` lacks as it is.
+            weights: the model's weights as they were saved with it.
 
         Raises:
-            BadInput: a key is missing (strict), or has another shape or dtype than this run needs.
+            BadInput: a key is missing, or has another shape or dtype than this run needs.
         """
         wanted = self.state_tensors()
+        for name, parameter in self.named_parameters():
+            key = f"{name}.master"
+            if key in wanted and key not in saved:
+                wanted.pop(key).copy_(weights[name])
+            elif key in saved and key not in wanted:
+                parameter.detach().copy_(saved[key])
         missing = [key for key in wanted if key not in saved]
-        if missing and strict:
+        if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BadInput(f"the checkpoint lacks the optimizer state {missing[0]}{more}; resume with its own settings")
         for key, place in wanted.items():
-            if key in missing:
-                continue
             value = saved[key]
             if value.shape != place.shape or value.dtype != place.dtype:
                 raise BadInput(

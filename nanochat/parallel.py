@@ -142,7 +142,7 @@ def reduce_gradients(parameters: Mapping[str, Tensor], owner: Mapping[str, int])
         return
     pending = []
     for name, p in parameters.items():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
         pending.append(dist.reduce(p.grad, dst=owner[name], op=dist.ReduceOp.SUM, async_op=True))
     for work in pending:
         work.wait()
@@ -168,6 +168,7 @@ def broadcast_parameters(parameters: Mapping[str, Tensor], owner: Mapping[str, i
         pending.append(dist.broadcast(p.detach(), src=owner[name], async_op=True))
     for work in pending:
         work.wait()
+    torch.autograd.graph.increment_version(list(parameters.values()))  # no collective does
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from nanochat.parallel import owners
 
 _EPS = 1e-10
+_TABLES = ("wte", "value_embeds")  # bf16 with bf16 moments, nanochat's choice: they are their own masters
 
 
 class _Config(Protocol):
@@ -23,6 +24,8 @@ class _Config(Protocol):
 
 def _group_of(name: str) -> str | None:
     """Return the group that the parameter called `name` belongs to; None if the table has no row for it."""
+    if name.endswith("norm_weight"):
+        return "norm_weights"
     if name.startswith("transformer.h."):
         return "matrices"
     if name.startswith("value_embeds."):
@@ -57,7 +60,7 @@ def groups(
         embedding_lr: of `wte`; value embeddings take half of it.
         unembedding_lr: of `lm_head`.
         matrix_lr: of every matrix in `transformer.h`.
-        scalar_lr: of `x0_lambdas`; `resid_lambdas` take a hundredth of it.
+        scalar_lr: of `x0_lambdas`; `resid_lambdas` take a hundredth of it, and so do learnable norm scales, which are ours.
         weight_decay: Muon's, already scaled to batch and horizon (`schedule.scaled_weight_decay`).
         batch_lr_scale: √(B / 2^19), on every rate but that of smear and backout.
 
@@ -74,9 +77,10 @@ def groups(
         "resid_lambdas": (0.01 * scalar_lr * scale, (0.8, 0.95), 0.05),
         "x0_lambdas": (scalar_lr * scale, (0.96, 0.95), 0.0),
         "smear_backout": (0.2, (0.8, 0.95), 0.0),
+        "norm_weights": (0.01 * scalar_lr * scale, (0.8, 0.95), 0.0),
     }
     result: dict[str, dict[str, Any]] = {
-        name: {"kind": "adamw", "lr": lr, "betas": betas, "eps": _EPS, "weight_decay": decay}
+        name: {"kind": "adamw", "lr": lr, "betas": betas, "eps": _EPS, "weight_decay": decay, "master": name not in _TABLES}
         for name, (lr, betas, decay) in adamw.items()
     }
     result["matrices"] = {

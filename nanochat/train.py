@@ -145,9 +145,9 @@ class Run:
         if "progress" not in saved.state:
             raise BadInput(f"{path} holds weights only, no optimizer state: it can be evaluated and sampled, not resumed")
         load_weights(self.model, saved)
-        state = saved.optimizer()
+        state, weights = saved.optimizer(), saved.model()
         for optimizer in self.optimizers:
-            optimizer.load_state_tensors(state)
+            optimizer.load_state_tensors(state, weights)
         self.progress = Progress(**saved.state["progress"])
         before, now = saved.state["train_config"], asdict(config)
         names = now.keys() - {"resume", "resume_from_step"}
@@ -261,9 +261,7 @@ class Run:
         parallel.reduce_gradients(self.parameters, self.owner)
         check = parallel.check_gradients(self.parameters, self.owner, loss_sum)
         bad = check.bad if math.isfinite(check.loss) else "the loss"
-        multiplier = schedule.lr_multiplier(
-            step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
-        )
+        multiplier = schedule.lr_multiplier(step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac)
         if bad is None:
             self._update(multiplier)
         self.model.zero_grad(set_to_none=True)

@@ -37,7 +37,7 @@ class _Loss(torch.autograd.Function):
         cast = weight.to(x.dtype)
         needs_gradient = with_gradient and any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if needs_gradient else None
-        dw = torch.zeros_like(weight) if needs_gradient else None
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs_gradient else None
         losses = []
         rows = _chunk_rows(weight.shape[0], x.dtype)
         for start in range(0, x.shape[0], rows):
@@ -49,7 +49,7 @@ class _Loss(torch.autograd.Function):
                 add_matmul_(dw, logits.t(), x[part])
             del logits  # before the next chunk's are made
         ctx.save_for_backward(dx, dw)
-        ctx.used = False
+        ctx.used, ctx.weight_dtype = False, weight.dtype
         return torch.cat(losses).sum() * factor
 
     @staticmethod
@@ -59,16 +59,16 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
         ctx.used = True
         dx, dw = ctx.saved_tensors
-        return dx.mul_(d_loss), dw.mul_(d_loss), None, None, None, None, None
+        return dx.mul_(d_loss), dw.mul_(d_loss).to(ctx.weight_dtype), None, None, None, None, None
 
 
 class LinearCrossEntropy(nn.Module):
     """lm_head with softcap and loss: z = c·tanh(x·Wᵀ/c), cross-entropy with ignored target −1."""
 
-    def __init__(self, width: int, vocab: int, padded_vocab: int, softcap: float):
-        """Allocate the weight (padded_vocab, width) in fp32; columns from `vocab` on are never seen."""
+    def __init__(self, width: int, vocab: int, padded_vocab: int, softcap: float, dtype: torch.dtype = torch.float32):
+        """Allocate the weight (padded_vocab, width); rows from `vocab` on are never seen."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(padded_vocab, width, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(padded_vocab, width, dtype=dtype))
         self.vocab = vocab
         self.softcap = softcap
 

@@ -9,7 +9,7 @@ be computed again cheaply:
 * `ReluSquaredMLP` norm, two GEMMs, residual; keeps its input and relu(h)², from which both gradients follow.
 
 For a block of width D that is 20 bytes per token and channel in bf16; a compiled block keeps about 37.
-Weights are stored in fp32 and cast to the stream's dtype where they are used.
+Weights stored in fp32 are cast to the stream's dtype where they are used.
 """
 
 from typing import Any
@@ -62,12 +62,12 @@ class _LinearAdd(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """x·Wᵀ without bias. The weight (out_features, in_features) is fp32, the product in x's dtype."""
+    """x·Wᵀ without bias, in x's dtype whatever the weight's."""
 
-    def __init__(self, in_features: int, out_features: int):
-        """Allocate the weight; `GPT.init_weights` gives it values."""
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype = torch.float32):
+        """Allocate the weight (out_features, in_features); `GPT.init_weights` gives it values."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """(..., in_features) -> (..., out_features).
@@ -168,11 +168,11 @@ class _ReluSquaredMLP(torch.autograd.Function):
 class ReluSquaredMLP(nn.Module):
     """x + c_proj(relu(c_fc(norm(x)))²): a whole MLP branch with its norm and its residual addition."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, dtype: torch.dtype = torch.float32):
         """Allocate c_fc (hidden, width) and c_proj (width, hidden)."""
         super().__init__()
-        self.c_fc = Linear(width, hidden)
-        self.c_proj = Linear(hidden, width)
+        self.c_fc = Linear(width, hidden, dtype)
+        self.c_proj = Linear(hidden, width, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D): the stream with the MLP's branch added."""

@@ -1,53 +1,89 @@
 """A Precision makes the layers of a model: the one seam through which formats enter.
 
 A model asks it for embeddings, norms, projections, an MLP and a head, and names no dtype itself. Whatever the precision,
-the parameters have the same names and shapes, so a checkpoint of one loads in any other.
+the parameters have the same names and shapes, so a checkpoint of one loads in any other. Whatever is Transformer Engine's is
+imported when a model first runs, so shapes can be planned anywhere.
 """
 
+import contextlib
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
+from nvfp8 import te_layers
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
+from nvfp8.recipe import RECIPES, Recipe
+
+Projection = Linear | te_layers.TELinear
+JoinedProjections = NormLinear | te_layers.TENormLinear | te_layers.SeparateNormLinear
+MLP = ReluSquaredMLP | te_layers.TEMLP | te_layers.SeparateMLP
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Layers that compute in `compute_dtype` from fp32 matrices; embedding tables are stored in `compute_dtype`."""
+    """Layers that compute in `compute_dtype` from matrices stored in `matrix_dtype`.
+
+    Attributes:
+        name: what flags and printouts call it.
+        compute_dtype: of the residual stream, and of embedding tables, which feed it and are their own masters.
+        matrix_dtype: of all other matrices; where it is lower than fp32, the optimizer keeps fp32 masters.
+    """
 
     name: str
     compute_dtype: torch.dtype
+    matrix_dtype: torch.dtype = torch.float32
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
-        """A lookup table (rows, width) in the compute dtype: it feeds the stream and is its own master."""
+        """A lookup table (rows, width)."""
         return nn.Embedding(rows, width, dtype=self.compute_dtype)
 
-    def norm(self) -> RMSNorm:
-        """RMSNorm over the last axis, without scale."""
+    def norm(self, width: int) -> nn.Module:
+        """RMSNorm over the last axis, of `width` channels."""
         return RMSNorm()
 
-    def linear(self, in_features: int, out_features: int) -> Linear:
+    def linear(self, in_features: int, out_features: int) -> Projection:
         """A projection that can add into the residual stream."""
-        return Linear(in_features, out_features)
+        return Linear(in_features, out_features, self.matrix_dtype)
 
-    def norm_linear(self, *projections: Linear) -> NormLinear:
+    def norm_linear(self, *projections: Projection) -> JoinedProjections:
         """Residual mix and norm in front of `projections`, which run as one GEMM."""
-        return NormLinear(*projections)
+        return NormLinear(*cast(tuple[Linear, ...], projections))
 
-    def mlp(self, width: int, hidden: int) -> ReluSquaredMLP:
+    def mlp(self, width: int, hidden: int) -> MLP:
         """The whole MLP branch, norm and residual included."""
-        return ReluSquaredMLP(width, hidden)
+        return ReluSquaredMLP(width, hidden, self.matrix_dtype)
 
     def head(self, width: int, vocab: int, padded_vocab: int, softcap: float) -> LinearCrossEntropy:
         """lm_head with its loss."""
-        return LinearCrossEntropy(width, vocab, padded_vocab, softcap)
+        return LinearCrossEntropy(width, vocab, padded_vocab, softcap, self.matrix_dtype)
+
+    def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
+        """What forward and loss of training run in; evaluation and generation run outside of it, in the compute dtype.
+
+        Args:
+            loss_scale: gradient of a single token's loss, such as 1 / (tokens · accumulation steps).
+        """
+        return contextlib.nullcontext()
+
+    def refuses(self, tokens: int) -> str | None:
+        """Why micro-batches of `tokens` tokens cannot be trained, or None where they can."""
+        return None
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in, for the line printed at start and the run's record."""
-        kind = str(self.compute_dtype).removeprefix("torch.")
-        return {"GEMMs": f"{kind} operands, fp32 accumulation", "residual stream": kind, "matrices": "float32", "embeddings": kind}
+        kind = _name(self.compute_dtype)
+        return {"GEMMs": f"{kind} operands, fp32 accumulation", **self._storage()}
+
+    def _storage(self) -> dict[str, str]:
+        kind = _name(self.compute_dtype)
+        return {"residual stream": kind, "matrices": _name(self.matrix_dtype), "embeddings": kind}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fp32() -> Precision:
@@ -58,3 +94,98 @@ def fp32() -> Precision:
 def bf16() -> Precision:
     """bf16 stream and GEMM operands, fp32 matrices: nanochat's own way."""
     return Precision("bf16", torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TEPrecision(Precision):
+    """Transformer Engine's modules in FP8 or FP4; what cannot be FP8, and all evaluation, is bf16.
+
+    Attributes:
+        recipe: how the GEMMs run.
+        layers: "fused" takes LayerNormLinear and LayerNormMLP, "separate" one te.Linear for each Linear, for comparison.
+        te_head: lm_head by te.Linear with whole logits rather than our chunks in bf16.
+        weights: "bf16", or "fp8": modules hold FP8 only (`quantized_model_init`), quantized from fp32 matrices, which are
+            what the optimizer updates.
+        norm_weight: the norms have learnable scales, which other precisions and nanochat lack.
+    """
+
+    recipe: Recipe = RECIPES["delayed"]
+    layers: Literal["fused", "separate"] = "fused"
+    te_head: bool = False
+    weights: Literal["bf16", "fp8"] = "bf16"
+    norm_weight: bool = False
+
+    def norm(self, width: int) -> nn.Module:
+        """`te.RMSNorm`, of `width` channels."""
+        return te_layers.TERMSNorm(width, self.norm_weight)
+
+    def linear(self, in_features: int, out_features: int) -> Projection:
+        """`te.Linear`; a gate of a few channels, which FP8 GEMMs do not take, is bf16."""
+        if in_features % 16 or out_features % 16:
+            return Linear(in_features, out_features, self.matrix_dtype)
+        return te_layers.TELinear(in_features, out_features, self.recipe, self.matrix_dtype, self.weights == "fp8")
+
+    def norm_linear(self, *projections: Projection) -> JoinedProjections:
+        """`te.LayerNormLinear` behind the residual mix, or each projection by itself."""
+        given = cast(tuple[te_layers.TELinear, ...], projections)
+        if self.layers == "separate":
+            return te_layers.SeparateNormLinear(*given)
+        return te_layers.TENormLinear(*given, recipe=self.recipe, fp8_weights=self.weights == "fp8", norm_weight=self.norm_weight)
+
+    def mlp(self, width: int, hidden: int) -> MLP:
+        """`te.LayerNormMLP` with srelu, or two te.Linear."""
+        fp8 = self.weights == "fp8"
+        c_fc, c_proj = (
+            te_layers.TELinear(*shape, self.recipe, self.matrix_dtype, fp8) for shape in ((width, hidden), (hidden, width))
+        )
+        if self.layers == "separate":
+            return te_layers.SeparateMLP(c_fc, c_proj)
+        return te_layers.TEMLP(c_fc, c_proj, self.recipe, fp8, self.norm_weight)
+
+    def head(self, width: int, vocab: int, padded_vocab: int, softcap: float) -> LinearCrossEntropy:
+        """Our chunked head in bf16, or `te.Linear`."""
+        if not self.te_head:
+            return super().head(width, vocab, padded_vocab, softcap)
+        return te_layers.TEHead(width, vocab, padded_vocab, softcap, self.recipe, self.matrix_dtype)
+
+    def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
+        """Transformer Engine's autocast with this recipe."""
+        return te_layers.autocast(self.recipe, loss_scale)
+
+    def refuses(self, tokens: int) -> str | None:
+        """FP8 GEMMs want multiples of 16 tokens, scalings by block of 128."""
+        multiple = 16 if self.recipe.fprop.left.scaling in ("delayed", "current") else 128
+        return f"recipe {self.recipe.name} needs a multiple of {multiple} tokens" if tokens % multiple else None
+
+    def describe(self) -> dict[str, str]:
+        """What each part of the model runs in."""
+        fused = self.layers == "fused"
+        return {
+            "q, k, v": "te.LayerNormLinear, one GEMM" if fused else "te.Linear each",
+            "attention output": "te.Linear",
+            "MLP": "te.LayerNormMLP, srelu" if fused else "te.Linear each",
+            "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
+            "head": "te.Linear, whole logits" if self.te_head else "bf16 operands in chunks",
+            "gates": "bf16",
+            "evaluation": "bf16",
+            "FP8 copies": "only, of fp32 matrices" if self.weights == "fp8" else "made once a step",
+            "norm scales": "learned" if self.norm_weight else "none",
+            **self._storage(),
+        }
+
+
+def te(
+    recipe: Recipe, *, layers: Literal["fused", "separate"] = "fused", te_head: bool = False,
+    weights: Literal["bf16", "fp8"] = "bf16", norm_weight: bool = False,
+) -> TEPrecision:  # fmt: skip
+    """Transformer Engine with `recipe`; arguments as in `TEPrecision`.
+
+    Raises:
+        ValueError: a combination that is not made; the message names it.
+    """
+    if layers == "separate" and norm_weight:
+        raise ValueError("learned norm scales come with fused layers only")
+    if weights == "fp8" and te_head:
+        raise ValueError("FP8 weights are for the blocks: the head by te.Linear keeps bf16 weights")
+    matrix_dtype = torch.float32 if weights == "fp8" else torch.bfloat16
+    return TEPrecision("te", torch.bfloat16, matrix_dtype, recipe, layers, te_head, weights, norm_weight)

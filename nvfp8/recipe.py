@@ -171,3 +171,23 @@ def recipe(name: str, **changes: object) -> Recipe:
         return replace(RECIPES[name], **changes)  # type: ignore[arg-type]
     except TypeError as error:
         raise ValueError(f"recipe {name!r}: {error}") from error
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe a flag names: `<name>` or `<name>:<field>=<value>,…`, such as "delayed:margin=1,amax_history_len=32".
+
+    Raises:
+        ValueError: no such name or field, or a value that makes no recipe; the message says what can be written.
+    """
+    name, _, changes = text.partition(":")
+    kinds = {"margin": int, "amax_history_len": int, "amax_compute_algo": str, "interval": int}
+    fields: dict[str, object] = {}
+    for change in filter(None, changes.split(",")):
+        field, _, value = change.partition("=")
+        if field not in kinds:
+            raise ValueError(f"recipe {text!r}: {field!r} cannot be set; what can: {', '.join(kinds)}")
+        try:
+            fields[field] = kinds[field](value)
+        except ValueError as error:
+            raise ValueError(f"recipe {text!r}: {field} takes a whole number, not {value!r}") from error
+    return recipe(name, **fields)

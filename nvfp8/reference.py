@@ -101,6 +101,57 @@ def mix_norm_backward(
     return (ds * lambdas[0]).to(x.dtype), dx0.to(x.dtype), d_lambdas, normed.to(x.dtype)
 
 
+def mix_forward(x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual mix s = λ₀·x + λ₁·x0 for a layer that normalizes s itself, and the first channels of norm(s).
+
+    Args:
+        x: (..., D) residual stream.
+        x0: (..., D) the stream as it was after the embedding.
+        lambdas: (2,) fp32.
+        width: how many channels of x̂ are wanted.
+
+    Returns:
+        s (..., D), x̂[..., :width], 1/rms of s (...).
+    """
+    mixed = _mix(x, x0, lambdas)
+    normed, rstd = norm_forward(mixed)
+    return mixed, normed[..., :width].contiguous(), rstd
+
+
+def mix_backward(
+    d_stream: Tensor, d_branch: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_x0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of `mix_forward` from its own output: Σg·x = (Σg·s − λ₁·Σg·x0) / λ₀, so x need not be kept.
+
+    λ₀ = 0 makes dλ₀ not finite.
+
+    Args:
+        d_stream: (..., D) gradient of s on the residual path.
+        d_branch: (..., D) gradient of s from the layer that normalizes it.
+        d_head: (..., width) gradient of x̂[..., :width], or None.
+        stream: (..., D) s.
+        x0: (..., D).
+        lambdas: (2,).
+        rstd: (...).
+        d_x0: (..., D) gradient of x0 from the later blocks, to which this one's is added, or None.
+
+    Returns:
+        dx (..., D), the new d_x0 (..., D), dλ (2,) fp32.
+    """
+    mixed, wide_x0 = _wide(stream), _wide(x0)
+    ds = _wide(d_stream) + _wide(d_branch)
+    if d_head is not None:
+        d_normed = torch.nn.functional.pad(_wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
+        ds = ds + _norm_gradient(d_normed, mixed, rstd)[0]
+    dx0 = ds * lambdas[1]
+    if d_x0 is not None:
+        dx0 = dx0 + _wide(d_x0)
+    along_x0 = (ds * wide_x0).sum()
+    d_lambdas = torch.stack((((ds * mixed).sum() - lambdas[1] * along_x0) / lambdas[0], along_x0))
+    return (ds * lambdas[0]).to(stream.dtype), dx0.to(stream.dtype), d_lambdas
+
+
 def _mix(x: Tensor, x0: Tensor, lambdas: Tensor) -> Tensor:
     # Rounded to the stream's dtype: the backward must normalize the very tensor that the forward wrote.
     return (_wide(x) * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
@@ -202,9 +253,7 @@ def relu_squared_backward_(d_activated: Tensor, activated: Tensor) -> Tensor:
     return d_activated.copy_(_wide(d_activated) * 2 * _wide(activated).sqrt())
 
 
-def softcap_cross_entropy_(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None
-) -> Tensor:
+def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """Cross-entropy of softcapped logits, and its gradient written over them.
 
     z = c·tanh(logit/c); loss = log Σ exp(z) − z[target]; d logit = scale·(softmax(z) − onehot)·(1 − (z/c)²).

@@ -2,12 +2,21 @@
 
 from nvfp8.kernels.cross_entropy import softcap_cross_entropy_
 from nvfp8.kernels.heads import heads_backward, heads_forward
-from nvfp8.kernels.norm import mix_norm_backward, mix_norm_forward, norm_backward, norm_forward
+from nvfp8.kernels.norm import (
+    mix_backward,
+    mix_forward,
+    mix_norm_backward,
+    mix_norm_forward,
+    norm_backward,
+    norm_forward,
+)
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
 
 __all__ = [
     "heads_backward",
     "heads_forward",
+    "mix_backward",
+    "mix_forward",
     "mix_norm_backward",
     "mix_norm_forward",
     "norm_backward",

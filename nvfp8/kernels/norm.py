@@ -3,6 +3,9 @@
 Forward reads x (and x0) and writes x̂ (and the mixed stream). Backward reads the gradients and x again, recomputes the mixed
 row and x̂, and writes dx, x̂ for the weight gradient, and x0's running gradient: no tensor is kept for it but x and one
 number a row. dλ leaves as one partial sum a row, added up in a fixed order, so it is deterministic.
+
+`mix_*` is for layers that do the norm themselves and keep the mixed stream: only the first channels of x̂ are written, and
+backward starts from the mixed stream, since Σg·x follows from Σg·s and Σg·x0 for s = λ₀·x + λ₁·x0.
 """
 
 import torch
@@ -14,7 +17,9 @@ from nvfp8.reference import NORM_EPS
 
 
 @triton.jit
-def _norm_forward(X, X0, LAMBDAS, STREAM, NORMED, RSTD, D, EPS: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(
+    X, X0, LAMBDAS, STREAM, NORMED, RSTD, D, WIDTH, EPS: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < D
@@ -27,7 +32,7 @@ def _norm_forward(X, X0, LAMBDAS, STREAM, NORMED, RSTD, D, EPS: tl.constexpr, MI
         x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
     tl.store(RSTD + row, rstd)
-    tl.store(NORMED + at, (x * rstd).to(NORMED.dtype.element_ty), mask)
+    tl.store(NORMED + row * WIDTH + column, (x * rstd).to(NORMED.dtype.element_ty), column < WIDTH)
 
 
 @triton.jit
@@ -65,6 +70,35 @@ def _norm_backward(
         tl.store(DX + at, ds.to(DX.dtype.element_ty), mask)
 
 
+@triton.jit
+def _mix_backward(
+    D_STREAM, D_BRANCH, D_HEAD, STREAM, X0, LAMBDAS, RSTD, D_X0_IN, DX, D_X0, D_LAMBDAS, D, WIDTH,
+    HEAD: tl.constexpr, ADD_X0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < D
+    at = row * D + column
+    stream = tl.load(STREAM + at, mask, 0.0).to(tl.float32)
+    x0 = tl.load(X0 + at, mask, 0.0).to(tl.float32)
+    resid_lambda = tl.load(LAMBDAS)
+    x0_lambda = tl.load(LAMBDAS + 1)
+    ds = tl.load(D_STREAM + at, mask, 0.0).to(tl.float32) + tl.load(D_BRANCH + at, mask, 0.0).to(tl.float32)
+    if HEAD:
+        rstd = tl.load(RSTD + row)
+        normed = stream * rstd
+        d_head = tl.load(D_HEAD + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
+        ds += rstd * (d_head - normed * (tl.sum(d_head * normed, 0) / D))
+    tl.store(DX + at, (ds * resid_lambda).to(DX.dtype.element_ty), mask)
+    dx0 = ds * x0_lambda
+    if ADD_X0:
+        dx0 += tl.load(D_X0_IN + at, mask, 0.0).to(tl.float32)
+    tl.store(D_X0 + at, dx0.to(D_X0.dtype.element_ty), mask)
+    along_x0 = tl.sum(ds * x0, 0)
+    tl.store(D_LAMBDAS + 2 * row, (tl.sum(ds * stream, 0) - x0_lambda * along_x0) / resid_lambda)
+    tl.store(D_LAMBDAS + 2 * row + 1, along_x0)
+
+
 def _launch(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
@@ -76,7 +110,8 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     normed, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     grid, options = _launch(x)
-    _norm_forward[grid](x, None, None, None, normed, rstd, x.shape[-1], EPS=NORM_EPS, MIX=False, **options)
+    width = x.shape[-1]
+    _norm_forward[grid](x, None, None, None, normed, rstd, width, width, EPS=NORM_EPS, MIX=False, **options)
     return normed, rstd
 
 
@@ -86,9 +121,34 @@ def mix_norm_forward(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Te
     stream, normed = torch.empty_like(x), torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     grid, options = _launch(x)
-    lambdas = lambdas.contiguous()
-    _norm_forward[grid](x, x0, lambdas, stream, normed, rstd, x.shape[-1], EPS=NORM_EPS, MIX=True, **options)
+    lambdas, width = lambdas.contiguous(), x.shape[-1]
+    _norm_forward[grid](x, x0, lambdas, stream, normed, rstd, width, width, EPS=NORM_EPS, MIX=True, **options)
     return stream, normed, rstd
+
+
+def mix_forward(x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `nvfp8.reference.mix_forward`."""
+    x, x0, lambdas = x.contiguous(), x0.contiguous(), lambdas.contiguous()
+    stream, head = torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    grid, options = _launch(x)
+    _norm_forward[grid](x, x0, lambdas, stream, head, rstd, x.shape[-1], width, EPS=NORM_EPS, MIX=True, **options)
+    return stream, head, rstd
+
+
+def mix_backward(
+    d_stream: Tensor, d_branch: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_x0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `nvfp8.reference.mix_backward`."""
+    dx, new_d_x0 = torch.empty_like(stream), torch.empty_like(stream)
+    grid, options = _launch(stream)
+    partial = torch.empty(grid[0], 2, dtype=torch.float32, device=stream.device)
+    _mix_backward[grid](
+        d_stream, d_branch, d_head, stream, x0, lambdas, rstd, None if d_x0 is None else d_x0.contiguous(), dx, new_d_x0, partial,
+        stream.shape[-1], 0 if d_head is None else d_head.shape[-1], HEAD=d_head is not None, ADD_X0=d_x0 is not None, **options,
+    )  # fmt: skip
+    return dx, new_d_x0, partial.sum(0)
 
 
 def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:

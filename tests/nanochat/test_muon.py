@@ -183,15 +183,37 @@ def test_resuming_gives_the_same_run_and_misfits_are_named() -> None:
     assert saved["tall.second_moment"].shape == (24, 1)
     # Another owner's share: the order of matrices in a stack differs from the one that saved.
     rest, second = make({k: half[k].detach() for k in reversed(start)})
-    second.load_state_tensors(saved)
+    second.load_state_tensors(saved, {})
     assert second.steps == 2
     run(rest, second, grads[2:])
     for name in start:
         torch.testing.assert_close(whole[name].detach(), rest[name].detach(), rtol=1e-6, atol=1e-6)
     with pytest.raises(BadInput, match=r"lacks the optimizer state wide\.momentum"):
-        second.load_state_tensors({k: v for k, v in saved.items() if k != "wide.momentum"})
+        second.load_state_tensors({k: v for k, v in saved.items() if k != "wide.momentum"}, {})
     with pytest.raises(BadInput, match=r"tall\.momentum is .*\(8, 24\)"):
-        second.load_state_tensors({**saved, "tall.momentum": torch.zeros(8, 24)})
+        second.load_state_tensors({**saved, "tall.momentum": torch.zeros(8, 24)}, {})
+
+
+def test_bf16_matrices_have_fp32_masters() -> None:
+    start, grads = problem(5)
+    start = {name: value.bfloat16().float() for name, value in start.items()}
+    wide, opt = make(start)
+    run(wide, opt, grads)
+    narrow, low = make({name: value.bfloat16() for name, value in start.items()})
+    run(narrow, low, [{name: grad.bfloat16() for name, grad in step.items()} for step in grads])
+    rounded, other = make(start)
+    run(rounded, other, [{name: grad.bfloat16().float() for name, grad in step.items()} for step in grads])
+    for name in start:
+        master = low.state_tensors()[f"{name}.master"]
+        torch.testing.assert_close(master, rounded[name].detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(narrow[name].detach(), master.bfloat16())
+    # Resumed by a run with fp32 matrices, and from there by one with bf16 matrices again.
+    back, second = make(start)
+    second.load_state_tensors(low.state_tensors(), {name: p.detach() for name, p in narrow.items()})
+    assert all(torch.equal(back[name].detach(), low.state_tensors()[f"{name}.master"]) for name in start)
+    _, third = make({name: value.bfloat16() for name, value in start.items()})
+    third.load_state_tensors(second.state_tensors(), {name: p.detach() for name, p in back.items()})
+    assert all(torch.equal(third.state_tensors()[f"{name}.master"], back[name].detach()) for name in start)
 
 
 def test_a_vector_is_refused_by_name() -> None:

@@ -86,6 +86,22 @@ def test_mix_norm(shape: tuple[int, ...], with_x0: bool, dtype: torch.dtype) -> 
     compare(*(tuple(t for i, t in enumerate(result) if i != 2) for result in (kernel, twin, exact)))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("with_head", "with_x0"), [(True, True), (False, False)])
+def test_mix(shape: tuple[int, ...], with_head: bool, with_x0: bool, dtype: torch.dtype) -> None:
+    x, x0, d_stream, d_branch, d_x0 = (random(*shape, dtype=dtype, seed=seed) for seed in range(5))
+    lambdas = torch.tensor([1.125, 0.1875], device=DEVICE)
+    twin = reference.mix_forward(x, x0, lambdas, 12)
+    compare(kernels.mix_forward(x, x0, lambdas, 12), twin, reference.mix_forward(*double(x, x0, lambdas), 12))
+    d_head = random(*shape[:-1], 12, dtype=dtype, seed=6) if with_head else None
+    arguments = (d_stream, d_branch, d_head, twin[0], x0, lambdas, twin[2], d_x0 if with_x0 else None)
+    kernel, twin = kernels.mix_backward(*arguments), reference.mix_backward(*arguments)
+    exact = reference.mix_backward(*double(*arguments))
+    terms = (exact[0].norm() / lambdas[0] * torch.stack((x.double().norm(), x0.double().norm()))).norm()
+    assert (kernel[2] - exact[2]).norm() <= 1.05 * (twin[2] - exact[2]).norm() + 1e-6 * terms
+    compare(kernel[:2], twin[:2], exact[:2])
+
+
 @pytest.mark.parametrize(("heads", "size"), [((2, 1), 16), ((3, 3), 32), ((4, 2), 128)])
 @pytest.mark.parametrize("values", [True, False])
 def test_heads(heads: tuple[int, int], size: int, values: bool, dtype: torch.dtype) -> None:
@@ -104,9 +120,7 @@ def test_heads(heads: tuple[int, int], size: int, values: bool, dtype: torch.dty
     compare(kernels.heads_forward(*arguments), twin, exact)
     dq, dk, dv = (torch.randn_like(x) for x in twin[:3])
     arguments = (dq, dk, dv, twin[0], twin[1], twin[3], cos, sin, gate, table, ids)
-    compare(
-        kernels.heads_backward(*arguments), reference.heads_backward(*arguments), reference.heads_backward(*double(*arguments))
-    )
+    compare(kernels.heads_backward(*arguments), reference.heads_backward(*arguments), reference.heads_backward(*double(*arguments)))
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5000), (2, 4096)])

@@ -1,0 +1,34 @@
+"""Flags of Transformer Engine, for the programs that train with it."""
+
+import argparse
+
+from nanochat.build import EngineOptions
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a group of flags, all with `EngineOptions`' defaults."""
+    group = parser.add_argument_group("Transformer Engine (--precision te)")
+    default = EngineOptions()
+    group.add_argument(
+        "--recipe", default=default.recipe,
+        help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current, blockwise, mxfp8 or nvfp4; delayed takes "
+        "settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--te-layers", choices=("fused", "separate"), default=default.layers,
+        help="LayerNormLinear and LayerNormMLP, or one te.Linear for each Linear, for comparison (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--te-head", choices=("chunked", "te"), default=default.head,
+        help="lm_head in bf16 chunks, or by te.Linear with whole logits (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--te-weights", choices=("bf16", "fp8"), default=default.weights,
+        help="bf16 weights with FP8 copies, or FP8 only beside fp32 matrices (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--norm-weight", action="store_true", help="learnable scales in the norms (nanochat has none)")
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """What the flags of `add_engine_flags` said."""
+    return EngineOptions(args.recipe, args.te_layers, args.te_head, args.te_weights, args.norm_weight)
