@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.generate import KVCache
-from nvfp8.attention import causal_attention, choose_backend, project_heads
+from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.precision import Precision
 
 ROTARY_BASE = 100_000
@@ -118,7 +118,7 @@ class Attention(nn.Module):
             rotary: cos and sin, (T, E/2) each.
             ids: (B, T) token ids, rows of the value embedding.
             table: (V, K·E) value embedding, None where the layer has none.
-            backend: attention backend.
+            backend: attention backend where there is no cache.
             cache: earlier keys and values, None in training.
             layer: index of the block, for the cache.
 
@@ -242,8 +242,21 @@ class GPT(nn.Module):
 
     @property
     def attention_backend(self) -> str:
-        """The attention backend that runs on this device in this precision."""
-        return choose_backend(self.cos.device.type, self.cos.dtype, self.attention)
+        """The attention backend that runs a whole context on this device in this precision."""
+        return self._attention_backend(self.config.sequence_len)
+
+    def _attention_backend(self, length: int) -> str:
+        """Return the backend for a text of `length`: a shorter one than the context may want another, or be refused."""
+        return choose_backend(self.cos.device.type, self.cos.dtype, self.config.head_dim, length, self.attention)
+
+    def describe_attention(self) -> str:
+        """The backend of a whole context, and where "auto" took it, why no better one: "sdpa (fa3: …; cudnn: …)"."""
+        if self.attention != "auto":
+            return self.attention_backend
+        shape = self.config.head_dim, self.config.sequence_len
+        better = passed_over(self.cos.device.type, self.cos.dtype, *shape)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in better.items())
+        return f"{self.attention_backend} ({reasons})" if reasons else self.attention_backend
 
     def _stream(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) token ids -> (B, T, D), the normalized stream before the head."""
@@ -253,7 +266,8 @@ class GPT(nn.Module):
             tables = f"the rotary tables of {self.cos.shape[0]}"
             raise ValueError(f"position {end} is beyond {tables}: call reset_rotary({end})")
         rotary = self.cos[start:end], self.sin[start:end]
-        backend = self.attention_backend
+        # A cache attends by itself, over lengths that a backend may refuse.
+        backend = self._attention_backend(ids.shape[1]) if cache is None else ""
         embedded = self.ln_embed(self.wte(ids))
         x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()

@@ -102,6 +102,8 @@ def test_a_run_learns_and_leaves_what_it_promises(config: TrainConfig, capsys: p
     out = capsys.readouterr().out
     for fragment in ("precision", "attention", "residual stream", "validation", "sample: ", "token frequencies alone", "saved"):
         assert fragment in out
+    if not torch.cuda.is_available():
+        assert "attention sdpa (fa3: it needs a CUDA device; cudnn: it needs a CUDA device)" in out
     state = checkpoint.find(directory).state
     assert {"model_config", "train_config", "tokenizer", "data", "progress", "rng", "environment", "plan", "layers"} <= state.keys()
 
