@@ -6,6 +6,7 @@ layers come from a `Precision`; this file says how they are joined and what valu
 Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head dimension.
 """
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,17 +39,18 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a shape that cannot be built, saying what to change."""
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:  # from a file it may be anything, True included
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            heads = f"n_head {self.n_head} must divide n_embd {self.n_embd}"
-            raise ValueError(f"{heads}, and n_kv_head {self.n_kv_head} must divide n_head")
+            sizes = f"n_embd {self.n_embd}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
+            raise ValueError(f"each must be a multiple of the next: {sizes}")
         if self.head_dim % 2:
             raise ValueError(f"head dimension {self.head_dim} is odd: rotary needs two halves")
         if self.n_embd < SMEAR_CHANNELS:
             raise ValueError(f"n_embd {self.n_embd} is too small: the smear gate reads {SMEAR_CHANNELS} channels")
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise ValueError(f"window pattern {self.window_pattern!r} is not made of S and L")
+        if not isinstance(self.window_pattern, str) or not re.fullmatch("[SLsl]+", self.window_pattern):
+            raise ValueError(f"window_pattern must consist of S and L, not {self.window_pattern!r}")
 
     @staticmethod
     def from_depth(

@@ -134,10 +134,10 @@ def test_bf16_follows_fp32() -> None:
         ({"depth": 0}, "depth is 0"),
         ({"depth": 2, "aspect_ratio": 0}, "aspect ratio is 0"),
         ({"depth": 2, "head_dim": 3}, "odd"),
-        ({"depth": 2, "window_pattern": "SXL"}, "'SXL' is not made of S and L"),
-        ({"depth": 2, "window_pattern": ""}, "not made of S and L"),
+        ({"depth": 2, "window_pattern": "SXL"}, "must consist of S and L, not 'SXL'"),
+        ({"depth": 2, "window_pattern": ""}, "must consist of S and L, not ''"),
         ({"depth": 1, "aspect_ratio": 8, "head_dim": 8}, "too small"),
-        ({"depth": 2, "sequence_len": 0}, "sequence_len is 0"),
+        ({"depth": 2, "sequence_len": 0}, "sequence_len must be a positive integer, not 0"),
     ],
 )
 def test_impossible_shapes(arguments: dict[str, object], message: str) -> None:
@@ -146,7 +146,7 @@ def test_impossible_shapes(arguments: dict[str, object], message: str) -> None:
 
 
 def test_heads_must_divide() -> None:
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(ValueError, match="each must be a multiple of the next: n_embd 100, n_head 3"):
         GPTConfig(n_embd=100, n_head=3, n_kv_head=3)
 
 

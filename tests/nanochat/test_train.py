@@ -268,7 +268,7 @@ def test_a_full_disk_while_saving_stops_with_one_line(config: TrainConfig, monke
         ({"fp8": True}, "no FP8 layers yet"),
         ({"num_iterations": -1, "target_param_data_ratio": -1}, "nothing says how long to train"),
         ({"total_batch_size": 200}, "the nearest is --total-batch-size 256"),
-        ({"window_pattern": "SX"}, "not made of S and L"),
+        ({"window_pattern": "SX"}, "must consist of S and L"),
         ({"attention": "cudnn"}, "cannot run here"),
         ({"data": "nowhere"}, "no such data 'nowhere'"),
         ({"tokenizer": "nowhere"}, "no tokenizer in nowhere"),
