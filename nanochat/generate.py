@@ -2,6 +2,9 @@
 
 The cache holds keys and values of each layer, and the last un-smeared embedding, which the next token's smear reads.
 With it a step costs one token's forward, and its logits equal those of a forward over the whole text.
+
+A text, prompt and continuation together, is at most one context long (the rotary tables' length): a continuation ends there,
+and a prompt that leaves no room for one more token is refused, never cut. Its beginning would be what the model no longer sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,6 +66,11 @@ class KVCache:
         self.length += tokens
 
 
+def room(model: "GPT", prompt: Sequence[int]) -> int:
+    """How many tokens can follow `prompt` before the context is full; below 1 the prompt is too long."""
+    return model.cos.shape[0] - len(prompt)
+
+
 @torch.inference_mode()
 def generate(
     model: "GPT", prompt: list[int], max_tokens: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 42,
@@ -71,9 +79,9 @@ def generate(
     """Sample a continuation, token by token.
 
     Args:
-        model: the model; the text is cut at its rotary tables' length.
-        prompt: token ids, at least one.
-        max_tokens: how many to produce at most.
+        model: the model.
+        prompt: token ids, at least one, and fewer than the context holds.
+        max_tokens: how many to produce at most; fewer are where the context is full (`room`).
         temperature: 0 takes the likeliest token.
         top_k: sample among the k likeliest; 0 among all.
         seed: of the sampler alone.
@@ -81,13 +89,18 @@ def generate(
 
     Yields:
         The sampled ids.
+
+    Raises:
+        ValueError: the prompt is empty or leaves no room; at the first token that is asked for.
     """
-    device = model.cos.device
-    capacity = min(len(prompt) + max_tokens, model.cos.shape[0])
-    cache = KVCache(model, 1, capacity)
+    device, context = model.cos.device, model.cos.shape[0]
+    if not 0 < len(prompt) < context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, it must have 1 to {context - 1}: the context holds {context}")
+    tokens = min(max_tokens, room(model, prompt))
+    cache = KVCache(model, 1, len(prompt) + tokens)
     generator = torch.Generator(device).manual_seed(seed)
-    ids = torch.tensor([prompt[-(capacity - 1) :]], device=device)
-    for _ in range(min(max_tokens, capacity - ids.shape[1])):
+    ids = torch.tensor([prompt], device=device)
+    for _ in range(tokens):
         logits = model.logits(ids, cache, last=True)[0, -1]
         if temperature == 0:
             token = logits.argmax()
@@ -102,8 +115,11 @@ def generate(
 
 
 def continuations(model: "GPT", tokenizer: "Tokenizer", prompts: Sequence[str]) -> Iterator[str]:
-    """Each prompt with its likeliest continuation of up to SAMPLE_TOKENS tokens, as runs print them."""
+    """Each prompt with its likeliest continuation of up to SAMPLE_TOKENS tokens, or why there is none, as runs print them."""
     for prompt in prompts:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt, bos=False)]
+        if room(model, ids) < 1:  # a run with a tiny context must not fail for its samples
+            yield f"{prompt} [{len(ids)} tokens: no room in a context of {model.cos.shape[0]}]"
+            continue
         sampled = generate(model, ids, SAMPLE_TOKENS, temperature=0, stop=tokenizer.bos_id)
         yield prompt + tokenizer.decode(list(sampled))

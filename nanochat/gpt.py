@@ -6,6 +6,7 @@ layers come from a `Precision`; this file says how they are joined and what valu
 Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head dimension.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.generate import KVCache
-from nvfp8.attention import causal_attention, choose_backend, project_heads
+from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.precision import Precision
 
 ROTARY_BASE = 100_000
@@ -39,17 +40,18 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a shape that cannot be built, saying what to change."""
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:  # from a file it may be anything, True included
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            heads = f"n_head {self.n_head} must divide n_embd {self.n_embd}"
-            raise ValueError(f"{heads}, and n_kv_head {self.n_kv_head} must divide n_head")
+            sizes = f"n_embd {self.n_embd}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
+            raise ValueError(f"each must be a multiple of the next: {sizes}")
         if self.head_dim % 2:
             raise ValueError(f"head dimension {self.head_dim} is odd: rotary needs two halves")
         if self.n_embd < SMEAR_CHANNELS:
             raise ValueError(f"n_embd {self.n_embd} is too small: the smear gate reads {SMEAR_CHANNELS} channels")
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise ValueError(f"window pattern {self.window_pattern!r} is not made of S and L")
+        if not isinstance(self.window_pattern, str) or not re.fullmatch("[SLsl]+", self.window_pattern):
+            raise ValueError(f"window_pattern must consist of S and L, not {self.window_pattern!r}")
 
     @staticmethod
     def from_depth(
@@ -119,7 +121,7 @@ class Attention(nn.Module):
             rotary: cos and sin, (T, E/2) each.
             ids: (B, T) token ids, rows of the value embedding.
             table: (V, K·E) value embedding, None where the layer has none.
-            backend: attention backend.
+            backend: attention backend where there is no cache.
             cache: earlier keys and values, None in training.
             layer: index of the block, for the cache.
 
@@ -253,8 +255,21 @@ class GPT(nn.Module):
 
     @property
     def attention_backend(self) -> str:
-        """The attention backend that runs on this device in this precision."""
-        return choose_backend(self.cos.device.type, self.cos.dtype, self.attention)
+        """The attention backend that runs a whole context on this device in this precision."""
+        return self._attention_backend(self.config.sequence_len)
+
+    def _attention_backend(self, length: int) -> str:
+        """Return the backend for a text of `length`: a shorter one than the context may want another, or be refused."""
+        return choose_backend(self.cos.device.type, self.cos.dtype, self.config.head_dim, length, self.attention)
+
+    def describe_attention(self) -> str:
+        """The backend of a whole context, and where "auto" took it, why no better one: "sdpa (fa3: …; cudnn: …)"."""
+        if self.attention != "auto":
+            return self.attention_backend
+        shape = self.config.head_dim, self.config.sequence_len
+        better = passed_over(self.cos.device.type, self.cos.dtype, *shape)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in better.items())
+        return f"{self.attention_backend} ({reasons})" if reasons else self.attention_backend
 
     def _stream(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) token ids -> (B, T, D), the normalized stream before the head."""
@@ -264,7 +279,8 @@ class GPT(nn.Module):
             tables = f"the rotary tables of {self.cos.shape[0]}"
             raise ValueError(f"position {end} is beyond {tables}: call reset_rotary({end})")
         rotary = self.cos[start:end], self.sin[start:end]
-        backend = self.attention_backend
+        # A cache attends by itself, over lengths that a backend may refuse.
+        backend = self._attention_backend(ids.shape[1]) if cache is None else ""
         embedded = self.ln_embed(self.wte(ids))
         x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()

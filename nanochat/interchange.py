@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, fields
 from errno import EINVAL
 from pathlib import Path
 from typing import Any
@@ -25,40 +26,17 @@ from torch import Tensor
 
 from nanochat import durable
 from nanochat.errors import BadInput
+from nanochat.gpt import GPT, GPTConfig
+from nvfp8.precision import fp32
 
-SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 EMBEDDINGS = ("transformer.wte.", "value_embeds.")
 MODEL_NAME = re.compile(r"model_(\d{6,})\.pt")
 
 
-def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor in nanochat's state_dict; `config` holds GPTConfig's fields."""
-    n_layer, n_embd = config["n_layer"], config["n_embd"]
-    vocab = -(-config["vocab_size"] // 64) * 64
-    kv = config["n_kv_head"] * (n_embd // config["n_head"])
-    shapes: dict[str, tuple[int, ...]] = {
-        "resid_lambdas": (n_layer,),
-        "x0_lambdas": (n_layer,),
-        "smear_lambda": (1,),
-        "backout_lambda": (1,),
-        "transformer.wte.weight": (vocab, n_embd),
-        "lm_head.weight": (vocab, n_embd),
-        "smear_gate.weight": (1, 24),
-    }
-    for i in range(n_layer):
-        block = f"transformer.h.{i}"
-        shapes |= {
-            f"{block}.attn.c_q.weight": (n_embd, n_embd),
-            f"{block}.attn.c_k.weight": (kv, n_embd),
-            f"{block}.attn.c_v.weight": (kv, n_embd),
-            f"{block}.attn.c_proj.weight": (n_embd, n_embd),
-            f"{block}.mlp.c_fc.weight": (4 * n_embd, n_embd),
-            f"{block}.mlp.c_proj.weight": (n_embd, 4 * n_embd),
-        }
-        if i % 2 == (n_layer - 1) % 2:
-            shapes[f"{block}.attn.ve_gate.weight"] = (config["n_kv_head"], 12)
-            shapes[f"value_embeds.{i}.weight"] = (vocab, kv)
-    return shapes
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor in nanochat's state_dict: those of our model, whatever its precision."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config, fp32()).state_dict().items()}
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -67,29 +45,24 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _check_config(config: object, source: Path) -> dict[str, Any]:
+def _check_config(config: object, source: Path) -> GPTConfig:
     """Return the configuration with defaults of old versions filled in, or raise BadInput."""
     if not isinstance(config, dict):
         raise BadInput(f"{source} has no model_config: it is not the metadata of a nanochat checkpoint")
     # Models from before window patterns attended to everything.
     config = {**config, "window_pattern": config.get("window_pattern", "L")}
-    if missing := [name for name in SIZES if name not in config]:
+    names = {field.name for field in fields(GPTConfig)}
+    if missing := names - config.keys():
         raise BadInput(f"model_config in {source} lacks {_listed(missing)}")
-    if unknown := config.keys() - {*SIZES, "window_pattern"}:
+    if unknown := config.keys() - names:
         raise BadInput(f"model_config in {source} has fields this program does not know: {_listed(unknown)}")
-    for name in SIZES:
-        if type(config[name]) is not int or config[name] < 1:
-            raise BadInput(f"model_config in {source}: {name} must be a positive integer, not {config[name]!r}")
-    if config["n_embd"] % config["n_head"] or config["n_head"] % config["n_kv_head"]:
-        sizes = ", ".join(f"{name} {config[name]}" for name in ("n_embd", "n_head", "n_kv_head"))
-        raise BadInput(f"model_config in {source}: each must be a multiple of the next: {sizes}")
-    pattern = config["window_pattern"]
-    if not isinstance(pattern, str) or not re.fullmatch("[SLsl]+", pattern):
-        raise BadInput(f"model_config in {source}: window_pattern must consist of S and L, not {pattern!r}")
-    return config
+    try:
+        return GPTConfig(**config)
+    except ValueError as error:
+        raise BadInput(f"model_config in {source}: {error}") from error
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: object) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], config: GPTConfig, source: object) -> None:
     """Hold names, shapes and dtypes against the configuration."""
     shapes = parameter_shapes(config)
     if missing := shapes.keys() - tensors.keys():
@@ -171,10 +144,10 @@ def import_model(directory: Path, step: int | None = None) -> tuple[dict[str, An
     model_path = directory / f"model_{step:06d}.pt"
     tensors = _read_tensors(model_path)
     # Models from before these scalars computed as if they were one and zero.
-    tensors.setdefault("resid_lambdas", torch.ones(config["n_layer"]))
-    tensors.setdefault("x0_lambdas", torch.zeros(config["n_layer"]))
+    tensors.setdefault("resid_lambdas", torch.ones(config.n_layer))
+    tensors.setdefault("x0_lambdas", torch.zeros(config.n_layer))
     _check_tensors(tensors, config, model_path)
-    return config, tensors, {**meta, "step": step}
+    return asdict(config), tensors, {**meta, "step": step}
 
 
 def export_model(
@@ -195,8 +168,8 @@ def export_model(
     Raises:
         BadInput: the model does not fit `config`, the step is there already, or the disk is full; then nothing is left.
     """
-    config = _check_config(dict(config), directory)
-    _check_tensors(model, config, "the model")
+    shape = _check_config(dict(config), directory)
+    _check_tensors(model, shape, "the model")
     model_path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
     if model_path.exists() or meta_path.exists():
         raise BadInput(f"{directory} has a model of step {step} already; choose another directory")
@@ -206,7 +179,7 @@ def export_model(
         tensor = tensor.detach().to("cpu", tensor.dtype if keeps else torch.float32).contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         tensors[name] = tensor if whole else tensor.clone()  # torch.save writes the storage behind a view, all of it
-    text = json.dumps({**meta, "step": step, "model_config": config}, indent=2).encode()
+    text = json.dumps({**meta, "step": step, "model_config": asdict(shape)}, indent=2).encode()
 
     model_tmp, meta_tmp = model_path.with_suffix(".tmp"), meta_path.with_suffix(".tmp")
     try:

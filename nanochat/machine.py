@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.build import choose_precision
+from nanochat.gpt import GPTConfig
 from nvfp8 import te
 from nvfp8.attention import BACKENDS, why_not
 from nvfp8.hardware import FEATURES, best_recipe, missing, peaks
@@ -61,7 +62,9 @@ def check() -> list[Row]:
         rows.append(Row("  recipe auto", None, best_recipe(torch.cuda.get_device_capability())))
     kind = "cuda" if cuda else "cpu"
     precision, why = choose_precision("auto", kind)
+    shape = GPTConfig()  # the default model's heads and context
     for backend in BACKENDS:
-        rows.append(_can(f"attention {backend}", why_not(backend, kind, precision.compute_dtype)))
+        reason = why_not(backend, kind, precision.compute_dtype, shape.head_dim, shape.sequence_len)
+        rows.append(_can(f"attention {backend}", reason))
     rows.append(Row("--precision auto", None, f"{precision.name}: {why}"))
     return rows

@@ -94,6 +94,8 @@ def groups(
             raise ValueError(f"the parameter {name} belongs to no optimizer group")
         result[key]["params"].append(parameter)
         result[key]["names"].append(name)
+    if not result["norm_weights"]["params"]:  # only Transformer Engine's norms have any, and only where asked for
+        del result["norm_weights"]
     return list(result.values())
 
 

@@ -187,7 +187,7 @@ class Run:
 
     def _layers(self) -> dict[str, str]:
         """What every part of the model really runs in."""
-        return {**self.model.precision.describe(), "attention": self.model.attention_backend}
+        return {**self.model.precision.describe(), "attention": self.model.describe_attention()}
 
     def say(self, text: str) -> None:
         """Print and record a line, on rank 0."""

@@ -9,6 +9,9 @@ on every backend; a window of w lets position t see t−w … t. Backends, best 
 * `sdpa`   PyTorch's own; a window runs in blocks of queries against the band of keys they see, so the mask is T×(w + block).
 * `plain`  the definition, with its T×T scores: the twin for tests, refused on a GPU.
 
+All of them group heads: K need only divide H. What else a shape must have differs, so the choice is made for a device, a dtype,
+E and T, and can say why a better backend was passed over.
+
 Letters: B batch, T sequence, H query heads, K key/value heads (K divides H), E head dimension.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import cudnn_attention
+from nvfp8.hardware import missing
 from nvfp8.ops import ops
 
 BACKENDS = ("fa3", "cudnn", "sdpa", "plain")
@@ -72,41 +76,69 @@ def project_heads(
 
 
 @cache
-def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why attention `backend` cannot run on a device type in a dtype, or None where it can."""
+def why_not(backend: str, device_type: str, dtype: torch.dtype, head_dim: int, length: int) -> str | None:
+    """Why attention `backend` cannot run, forward and backward, or None where it can.
+
+    Args:
+        backend: one of BACKENDS.
+        device_type: "cuda" or "cpu".
+        dtype: dtype of q, k, v.
+        head_dim: E.
+        length: T.
+    """
     if backend == "sdpa":
         return None
     if backend == "plain":
         return "its score matrix is quadratic in T" if device_type == "cuda" else None
     if device_type != "cuda":
         return "it needs a CUDA device"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it has no {dtype} kernels"
-    if backend == "fa3":
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            return "flash_attn_interface is not installed"
-        return None if torch.cuda.get_device_capability()[0] == 9 else "it runs on Hopper only"
-    return None if cudnn_attention.available() else "nvidia-cudnn-frontend is not installed (pip install -e '.[cuda]')"
+    if dtype != torch.bfloat16:
+        return f"it runs in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability()
+    chip = missing("wgmma" if backend == "fa3" else "bf16", capability)
+    if chip is not None:
+        return chip
+    if backend == "cudnn":
+        if not cudnn_attention.available():
+            return "nvidia-cudnn-frontend is not installed (pip install -e '.[cuda]')"
+        return cudnn_attention.unsupported(head_dim, length, capability)
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface is not installed"
+    fits = head_dim % 8 == 0 and head_dim <= 256
+    return None if fits else f"its head dimension must be a multiple of 8 up to 256, not {head_dim}"
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, wanted: str = "auto") -> str:
+def passed_over(device_type: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[str, str]:
+    """The backends better than the one "auto" takes, best first, and why each cannot run; arguments as for `why_not`."""
+    reasons: dict[str, str] = {}
+    for backend in BACKENDS:
+        reason = why_not(backend, device_type, dtype, head_dim, length)
+        if reason is None:
+            break
+        reasons[backend] = reason
+    return reasons
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, head_dim: int, length: int, wanted: str = "auto") -> str:
     """The attention backend that will run: `wanted`, or with "auto" the best one there is.
 
     Args:
         device_type: "cuda" or "cpu".
         dtype: dtype of q, k, v.
+        head_dim: E.
+        length: T.
         wanted: "auto" or one of BACKENDS.
 
     Raises:
         ValueError: `wanted` is unknown or cannot run here; the message says why.
     """
     if wanted == "auto":
-        return next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
+        return next(name for name in BACKENDS if why_not(name, device_type, dtype, head_dim, length) is None)
     if wanted not in BACKENDS:
         raise ValueError(f"unknown attention backend {wanted!r}: choose auto or one of {', '.join(BACKENDS)}")
-    reason = why_not(wanted, device_type, dtype)
+    reason = why_not(wanted, device_type, dtype, head_dim, length)
     if reason is not None:
-        raise ValueError(f"attention backend {wanted!r} cannot run here: {reason}")
+        raise ValueError(f"attention backend {wanted!r} cannot run here: {reason}; use auto, which takes the best that can")
     return wanted
 
 

@@ -3,6 +3,8 @@
 A graph is built once for each shape, stride and window (about half a second) and then only executed, on the current stream,
 with memory from PyTorch's allocator. Forward keeps o and the log-sum-exp of each row. cuDNN's left bound counts keys and so
 is the window plus one.
+
+What cuDNN refuses is known beforehand (`unsupported`), so that nobody meets its exception in the middle of a run.
 """
 
 import importlib.util
@@ -13,11 +15,30 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nvfp8.hardware import Capability, missing
+
 
 @cache
 def available() -> bool:
     """Whether the Python package `nvidia-cudnn-frontend` is installed."""
     return importlib.util.find_spec("cudnn") is not None
+
+
+def unsupported(head_dim: int, length: int, capability: Capability) -> str | None:
+    """Why cuDNN has no forward and backward for a shape, or None where it has: the checks of its own front end (1.23).
+
+    Any length from 2 on runs (multiples of 64 were for cuDNN 8), any window, and any number of K/V heads that divides the
+    query heads.
+
+    Args:
+        head_dim: E.
+        length: T.
+        capability: CUDA compute capability.
+    """
+    largest = 256 if missing("wgmma", capability) is None else 128
+    if head_dim % 8 or head_dim > largest:
+        return f"its head dimension must be a multiple of 8 up to {largest} on this device, not {head_dim}"
+    return "it has no backward for a single position" if length == 1 else None
 
 
 @cache
@@ -170,6 +191,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         (B, T, H, E) bf16, contiguous. Under `torch.use_deterministic_algorithms` the backward is deterministic.
 
     Raises:
-        cudnn.cudnnGraphNotSupportedError: this cuDNN or device has no kernel for the shape.
+        cudnn.cudnnGraphNotSupportedError: no kernel for the shape, although `unsupported` names no reason: a gap in it.
     """
     return _CudnnAttention.apply(q, k, v, window)

@@ -62,8 +62,9 @@ def peaks(device_name: str) -> Peaks | None:
 
 Capability = tuple[int, int]
 
-# What tensor cores can be asked for. `bf16` and `fp8` are instructions; the others are scalings inside the GEMM.
-FEATURES = ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")
+# What tensor cores can be asked for. `bf16`, `fp8` and `wgmma` (products of four warps together, which FlashAttention 3 is
+# written in) are instructions; the others are scalings inside the GEMM.
+FEATURES = ("bf16", "fp8", "wgmma", "fp8_block", "mxfp8", "nvfp4")
 
 
 def missing(feature: str, capability: Capability) -> str | None:
@@ -81,6 +82,8 @@ def missing(feature: str, capability: Capability) -> str | None:
         return None if capability >= (8, 0) else f"bf16 units came with 8.0, this is {chip}"
     if feature == "fp8":
         return None if capability >= (8, 9) else f"FP8 units came with 8.9 (Ada) and 9.0 (Hopper), this is {chip}"
+    if feature == "wgmma":
+        return None if capability[0] == 9 else f"wgmma instructions are Hopper's (9.0) alone, this is {chip}"
     if feature == "fp8_block":
         return None if capability == (9, 0) else f"block scaling of FP8 is Hopper's (9.0) alone, this is {chip}"
     if feature == "mxfp8":

@@ -191,10 +191,24 @@ def tree(text: str) -> set[str]:
     return paths
 
 
+def belongs_in_the_tree() -> set[str]:
+    """All source files; of benchmarks/ and docs/ all but pictures; of tests/ its folders and what lies beside them."""
+    files = {name(path) for path in SOURCES if path.name != "__init__.py"}
+    files |= {name(path) for folder in ("benchmarks", "docs") for path in (ROOT / folder).rglob("*.*") if path.suffix != ".png"}
+    files |= {name(path) for path in (ROOT / "tests").glob("test_*.py")}
+    folders = {name(path) + "/" for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    return {path for path in files | folders if "__pycache__" not in path}
+
+
 def test_the_readme_shows_the_files_there_are() -> None:
     shown = tree((ROOT / "README.md").read_text())
     assert sorted(path for path in shown if not (ROOT / path).exists()) == []
-    assert sorted({name(path) for path in SOURCES if path.name != "__init__.py"} - shown) == []
+    assert sorted(belongs_in_the_tree() - shown) == []
+
+
+def test_what_belongs_in_the_tree_is_more_than_the_packages() -> None:
+    wanted = {"benchmarks/steps.csv", "docs/log.md", "tests/nanochat/", "tests/test_repository.py", "nvfp8/ops.py"}
+    assert wanted <= belongs_in_the_tree()
 
 
 def test_the_check_of_the_readme_reads_a_tree() -> None:
@@ -210,6 +224,9 @@ nvfp8/    a library
     c.py   deep
 nanochat/
   d.py
+tests/
+  nvfp8/  nanochat/   as those are
+  e.csv   data
 Makefile  commands
 ```
 """
@@ -221,6 +238,10 @@ Makefile  commands
         "nvfp8/kernels/c.py",
         "nanochat/",
         "nanochat/d.py",
+        "tests/",
+        "tests/nvfp8/",
+        "tests/nanochat/",
+        "tests/e.csv",
         "Makefile",
     }
 

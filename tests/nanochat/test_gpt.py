@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from nanochat.generate import KVCache
 from nanochat.gpt import GPT, GPTConfig
+from nvfp8 import attention
 from nvfp8.precision import Precision, bf16, fp32
 
 TINY = GPTConfig(sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
@@ -132,10 +134,10 @@ def test_bf16_follows_fp32() -> None:
         ({"depth": 0}, "depth is 0"),
         ({"depth": 2, "aspect_ratio": 0}, "aspect ratio is 0"),
         ({"depth": 2, "head_dim": 3}, "odd"),
-        ({"depth": 2, "window_pattern": "SXL"}, "'SXL' is not made of S and L"),
-        ({"depth": 2, "window_pattern": ""}, "not made of S and L"),
+        ({"depth": 2, "window_pattern": "SXL"}, "must consist of S and L, not 'SXL'"),
+        ({"depth": 2, "window_pattern": ""}, "must consist of S and L, not ''"),
         ({"depth": 1, "aspect_ratio": 8, "head_dim": 8}, "too small"),
-        ({"depth": 2, "sequence_len": 0}, "sequence_len is 0"),
+        ({"depth": 2, "sequence_len": 0}, "sequence_len must be a positive integer, not 0"),
     ],
 )
 def test_impossible_shapes(arguments: dict[str, object], message: str) -> None:
@@ -144,5 +146,32 @@ def test_impossible_shapes(arguments: dict[str, object], message: str) -> None:
 
 
 def test_heads_must_divide() -> None:
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(ValueError, match="each must be a multiple of the next: n_embd 100, n_head 3"):
         GPTConfig(n_embd=100, n_head=3, n_kv_head=3)
+
+
+def test_attention_is_chosen_for_the_shape_and_says_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def why_not(backend: str, *shape: object) -> str | None:
+        asked.append(shape)
+        return {"fa3": "not here", "cudnn": "not for that"}.get(backend)
+
+    monkeypatch.setattr(attention, "why_not", why_not)
+    model = randomized(TINY, fp32())
+    assert model.describe_attention() == "sdpa (fa3: not here; cudnn: not for that)"
+    assert set(asked) == {("cpu", torch.float32, 16, 16)}
+    asked.clear()
+    model.logits(torch.zeros(1, 5, dtype=torch.long))
+    assert set(asked) == {("cpu", torch.float32, 16, 5)}
+    model.attention = "sdpa"
+    assert model.describe_attention() == "sdpa"
+
+
+def test_a_backend_asked_for_by_name_is_refused_for_what_it_cannot_run() -> None:
+    model = randomized(TINY, fp32())
+    model.attention = "cudnn"
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="'cudnn' cannot run here"):
+        model.logits(ids)
+    model.logits(ids, KVCache(model, 1, 5))  # a cache attends by itself

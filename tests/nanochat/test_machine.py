@@ -1,6 +1,7 @@
 """The table of what a machine can do, for machines this one is not."""
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,13 @@ from scripts import dry_run
 
 
 @pytest.fixture(autouse=True)
-def fresh_answers() -> None:
-    attention.why_not.cache_clear()
-    te.unavailable.cache_clear()
+def fresh_answers() -> Iterator[None]:
+    """Answers are cached: none from the real machine before a test, none from a pretended one after it."""
+    for answer in (attention.why_not, te.unavailable):
+        answer.cache_clear()
+    yield
+    for answer in (attention.why_not, te.unavailable):
+        answer.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> dict[str, Row]:

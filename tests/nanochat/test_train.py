@@ -102,6 +102,8 @@ def test_a_run_learns_and_leaves_what_it_promises(config: TrainConfig, capsys: p
     out = capsys.readouterr().out
     for fragment in ("precision", "attention", "residual stream", "validation", "sample: ", "token frequencies alone", "saved"):
         assert fragment in out
+    if not torch.cuda.is_available():
+        assert "attention sdpa (fa3: it needs a CUDA device; cudnn: it needs a CUDA device)" in out
     state = checkpoint.find(directory).state
     assert {"model_config", "train_config", "tokenizer", "data", "progress", "rng", "environment", "plan", "layers"} <= state.keys()
 
@@ -266,7 +268,7 @@ def test_a_full_disk_while_saving_stops_with_one_line(config: TrainConfig, monke
         ({"fp8": True}, "no FP8 layers yet"),
         ({"num_iterations": -1, "target_param_data_ratio": -1}, "nothing says how long to train"),
         ({"total_batch_size": 200}, "the nearest is --total-batch-size 256"),
-        ({"window_pattern": "SX"}, "not made of S and L"),
+        ({"window_pattern": "SX"}, "must consist of S and L"),
         ({"attention": "cudnn"}, "cannot run here"),
         ({"data": "nowhere"}, "no such data 'nowhere'"),
         ({"tokenizer": "nowhere"}, "no tokenizer in nowhere"),

@@ -61,6 +61,17 @@ def test_sampling_continues_the_prompt_and_is_seeded(
     assert texts[0] == texts[1] and texts[0].startswith("the loss")
 
 
+def test_a_continuation_that_does_not_fit_says_where_it_ends(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model-tag", "tiny", "--prompt", "\n" * 9, "--device-type", "cpu", "--max-tokens"]
+    assert call(sample.main, monkeypatch, trained, *arguments, "6") == 0
+    assert capsys.readouterr().err == ""
+    assert call(sample.main, monkeypatch, trained, *arguments, "7") == 0
+    said = "at most 6 tokens are sampled, not 7: the context of 16 holds 6 after the prompt's 10\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_path_works_as_well_as_a_tag(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(trained / "base_checkpoints" / "tiny")
     assert call(sample.main, monkeypatch, trained, "--model-tag", path, "--max-tokens", "1", "--device-type", "cpu") == 0
@@ -73,6 +84,8 @@ def test_a_path_works_as_well_as_a_tag(trained: Path, monkeypatch: pytest.Monkey
         (["--model-tag", "tiny", "--step", "9"], "has no checkpoint of step 9; it has 3"),
         (["--model-tag", "tiny", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),
         (["--model-tag", "tiny", "--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--model-tag", "tiny", "--prompt", "\n" * 15], "--prompt has 16 tokens, the one that starts a text included, and"),
+        (["--model-tag", "tiny", "--prompt", "\n" * 40], "this model's context is 16: shorten it to 15 at most"),
         ([], "the following arguments are required: --model-tag"),
     ],
 )

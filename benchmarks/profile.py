@@ -1,0 +1,124 @@
+"""Where a micro-batch's time goes: milliseconds of GPU kernels by family, and the largest kernels one by one.
+
+    python -m benchmarks.profile --depth 24 --batch 16 [--window-pattern L] [--precision bf16] [--micro-batches 4]
+
+Forward and backward of random tokens under `torch.profiler`, gradients accumulating, no optimizer; T = 2048. Every kernel is in
+exactly one family, found by its name, and what no family claims is under "other": look at the list of largest kernels before
+believing a small "other". Output projections, which start at zero, get values: products of zeros draw less power than training's,
+so the card would clock higher. The last line is timed without the profiler; what it exceeds the sum by, the GPU waited.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+import nvfp8
+from nanochat.build import PRECISIONS, build_model, choose_precision
+from nanochat.errors import BadInput, Parser, run
+from nanochat.gpt import GPT, GPTConfig
+
+Kernel = tuple[str, int, float]  # name, launches, milliseconds
+
+_KERNEL = re.compile(r"^@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
+OURS = frozenset(name for path in Path(nvfp8.__path__[0], "kernels").glob("*.py") for name in _KERNEL.findall(path.read_text()))
+# After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
+FAMILIES = (
+    ("attention", re.compile(r"cudnn|sdpa|flash|fmha", re.IGNORECASE)),
+    ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk", re.IGNORECASE)),
+    ("embedding gradients", re.compile(r"embedding|cub::|krn_partial|partial_segments|compute_grad_weight|sum_and_scatter")),
+    ("casts and copies", re.compile(r"copy|memcpy|memset|FillFunctor|(?<!broad)cast|transpose|quantize|amax", re.IGNORECASE)),
+    ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add")),
+)
+
+
+def family(kernel: str) -> str:
+    """The family of a kernel, by the name that the profiler gives it."""
+    if kernel in OURS:
+        return "our Triton kernels"
+    return next((name for name, pattern in FAMILIES if pattern.search(kernel)), "other")
+
+
+def table(kernels: Iterable[Kernel], micro_batches: int, largest: int = 15) -> list[str]:
+    """The lines to print: families by time, their sum, then the `largest` kernels; all per micro-batch."""
+    rows = [(family(name), name, launches / micro_batches, ms / micro_batches) for name, launches, ms in kernels]
+    total = sum(ms for *_, ms in rows)
+    sums: dict[str, tuple[float, float]] = {}
+    for kind, _, launches, ms in rows:
+        before = sums.get(kind, (0.0, 0.0))
+        sums[kind] = before[0] + launches, before[1] + ms
+    lines = [f"{'family':<24}{'ms':>9}{'share':>9}{'launches':>10}"]
+    for kind, (launches, ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        lines.append(f"{kind:<24}{ms:>9.2f}{ms / total:>9.1%}{launches:>10.0f}")
+    lines.append(f"{'sum of kernels':<24}{total:>9.2f}")
+    lines.append("")
+    for kind, name, launches, ms in sorted(rows, key=lambda row: -row[3])[:largest]:
+        lines.append(f"{ms:>9.2f} ms {launches:>6.0f} x  {kind}: {name[:120]}")
+    return lines
+
+
+def _model(config: GPTConfig, name: str) -> tuple[GPT, str]:
+    """Build a model without zero matrices, and say in what it runs."""
+    precision, why = choose_precision(name, "cuda")
+    model = build_model(config, precision, torch.device("cuda"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and not parameter.any():
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model, f"{precision.name} ({why}), attention {model.attention_backend}"
+
+
+def main() -> None:
+    """Parse flags, warm up, time, profile, print."""
+    parser = Parser("profile", description="where a micro-batch's time goes")
+    parser.add_argument("--depth", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="rows of 2048 tokens")
+    parser.add_argument("--micro-batches", type=int, default=4, help="to average over")
+    parser.add_argument("--window-pattern", default="L")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise BadInput("the profile is of GPU kernels, and torch finds no CUDA device")
+    if args.batch < 1 or args.micro_batches < 1:
+        raise BadInput("--batch and --micro-batches must be at least 1")
+    try:
+        config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    model, runs = _model(config, args.precision)
+    tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device="cuda")
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def micro_batches(count: int) -> float:
+        """Run forward and backward `count` times; return milliseconds of each."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            model(inputs, targets, 1 / args.micro_batches).backward()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / count
+
+    micro_batches(2)  # kernels are compiled and chosen, gradients are there to be added to
+    wall = micro_batches(args.micro_batches)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        micro_batches(args.micro_batches)
+    kernels = [
+        (row.key, row.count, row.self_device_time_total / 1e3)
+        for row in profiler.key_averages()
+        if row.device_type == DeviceType.CUDA and not row.is_user_annotation
+    ]
+    print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; per micro-batch, mean of {args.micro_batches}\n")
+    print("\n".join(table(kernels, args.micro_batches)))
+    print(f"\na micro-batch without the profiler: {wall:.2f} ms")
+
+
+if __name__ == "__main__":
+    run(main)
