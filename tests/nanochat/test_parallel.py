@@ -34,7 +34,7 @@ def build() -> tuple[dict[str, torch.nn.Parameter], list[dict[str, Any]]]:
     common = {"lr": 0.05, "weight_decay": 0.1}
     return params, [
         {"kind": "muon", "momentum": 0.9, "beta2": 0.9, **common, **share(params, MATRICES)},
-        {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, **common, **share(params, TABLES)},
+        {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "master": False, **common, **share(params, TABLES)},
     ]
 
 

@@ -1,0 +1,249 @@
+"""Transformer Engine's layers against fp64, in every recipe this GPU has; what holds parameters is tested on CPUs too."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nvfp8 import te
+from nvfp8.precision import Precision, TEPrecision, bf16, fp32
+from nvfp8.precision import te as te_precision
+from nvfp8.recipe import RECIPES, recipe
+
+WIDTH, HIDDEN, TOKENS = 256, 1024, 512
+needs_engine = [pytest.mark.gpu, pytest.mark.skipif(te.unavailable() is not None, reason=str(te.unavailable()))]
+
+# Signal to noise of a product of two tensors, each with the relative rounding error of its format: about 31 dB for E4M3 in
+# blocks or with the right scale, 25 dB where E5M2 enters, 17 dB for E2M1. Several products in a row lose some of it.
+LEAST_DB = {"delayed": 19.0, "current": 19.0, "e4m3": 22.0, "blockwise": 22.0, "mxfp8": 22.0, "nvfp4": 9.0}
+
+
+def block(precision: Precision, device: str = "cpu") -> nn.ModuleDict:
+    """One transformer block's projections and MLP, from the same values in every precision."""
+    with torch.device(device):
+        parts = {name: precision.linear(WIDTH, WIDTH) for name in ("c_q", "c_k", "c_v", "c_proj")}
+        joined = precision.norm_linear(parts["c_q"], parts["c_k"], parts["c_v"])
+        made = nn.ModuleDict({**parts, "qkv": joined, "mlp": precision.mlp(WIDTH, HIDDEN), "norm": precision.norm(WIDTH)})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(made.named_parameters()):
+            value = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+            parameter.copy_(torch.ones_like(parameter) if name.endswith("norm_weight") else value.bfloat16())
+    return made
+
+
+def inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, x0, weigh = (torch.randn(TOKENS, WIDTH, generator=generator).bfloat16() for _ in range(3))
+    lambdas = torch.tensor([1.125, 0.1875])
+    tensors = [x.to(device, dtype), x0.to(device, dtype), lambdas.to(device, torch.promote_types(dtype, torch.float32))]
+    return [t.requires_grad_() for t in tensors] + [weigh.to(device, dtype) / TOKENS]
+
+
+def run(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
+    """Forward of the block with q + v·gate in attention's place, so that every output has a gradient."""
+    x, x0, lambdas, weigh = given
+    stream, x0, head, qkv = made["qkv"](made["norm"](x), x0, lambdas, 12)
+    q, k, v = qkv.split(WIDTH, -1)
+    mixed = q + v * head.mean(-1, keepdim=True).sigmoid() + k
+    out = made["mlp"](made["c_proj"](mixed, add_to=stream)) + 0.1 * x0
+    return (out * weigh).sum()
+
+
+def gradients(made: nn.ModuleDict, given: list[Tensor]) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in made.named_parameters()} | dict(zip(("x", "x0", "lambdas"), (t.grad for t in given), strict=False))
+    return {name: grad for name, grad in found.items() if grad is not None}
+
+
+def decibels(value: Tensor, truth: Tensor) -> float:
+    noise = (value.double().cpu() - truth.cpu()).norm()
+    return float(20 * torch.log10(truth.cpu().norm() / noise))
+
+
+def truth() -> tuple[Tensor, dict[str, Tensor]]:
+    made, given = block(fp32()).double(), inputs("cpu", torch.float64)
+    out = run(made, given)
+    out.backward()
+    return out, gradients(made, given)
+
+
+def available(name: str) -> None:
+    reason = te.unsupported(RECIPES[name])
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("layers", ["fused", "separate"])
+@pytest.mark.parametrize("name", LEAST_DB)
+@pytest.mark.usefixtures("fresh_engine")
+class TestRecipes:
+    pytestmark = needs_engine
+
+    def test_forward_and_gradients(self, name: str, layers: str, weights: str) -> None:
+        available(name)
+        _, exact = truth()
+        precision = te_precision(RECIPES[name], layers=layers, weights=weights)
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+        for _ in range(3):  # delayed scaling has seen the magnitudes after one
+            for p in [*made.parameters(), *given[:3]]:
+                p.grad = None
+            with precision.autocast(1 / TOKENS):
+                loss = run(made, given)
+            loss.backward()
+        found = gradients(made, given)
+        assert found.keys() == exact.keys()
+        report = {key: decibels(found[key], exact[key]) for key in exact}
+        assert all(value > LEAST_DB[name] - (6 if key == "lambdas" else 0) for key, value in report.items()), report
+
+
+@pytest.mark.usefixtures("fresh_engine")
+class TestEngine:
+    pytestmark = needs_engine
+
+    def test_without_autocast_it_is_bf16_and_leaves_the_scales(self) -> None:
+        precision = te_precision(RECIPES["delayed"])
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+        with precision.autocast(1 / TOKENS):
+            run(made, given).backward()
+        states = {key: made[key].engine.scaling_state() for key in ("qkv", "mlp", "c_proj")}
+        before = copy.deepcopy(states)
+        with torch.no_grad():
+            run(made, given)
+        for p in [*made.parameters(), *given[:3]]:
+            p.grad = None
+        run(made, given).backward()
+        for key, state in before.items():
+            assert all(torch.equal(state[what], states[key][what]) for what in state), key
+        _, exact = truth()
+        assert all(decibels(value, exact[key]) > 38 for key, value in gradients(made, given).items())
+
+    def test_weights_are_cast_once_until_they_change(self) -> None:
+        precision = te_precision(RECIPES["current"])
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+
+        def outcome() -> float:
+            with torch.no_grad(), precision.autocast(1 / TOKENS):
+                return float(run(made, given))
+
+        with precision.autocast(1 / TOKENS):
+            run(made, given).backward()
+        first = outcome()
+        made["mlp"].c_fc.weight.data.mul_(0.5)  # behind the version counter's back: the FP8 copy stays
+        assert outcome() == first
+        torch.autograd.graph.increment_version([made["mlp"].c_fc.weight])
+        assert outcome() != first
+
+    def test_c_q_c_k_c_v_are_views_of_one_buffer(self) -> None:
+        precision = te_precision(RECIPES["delayed"])
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+        with torch.no_grad():
+            run(made, given)
+        weights = [made[name].weight for name in ("c_q", "c_k", "c_v")]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        made.load_state_dict({k: v.clone() for k, v in made.state_dict().items()}, assign=True)
+        with torch.no_grad():
+            run(made, given)
+        weights = [made[name].weight for name in ("c_q", "c_k", "c_v")]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+    def test_gradients_do_not_vanish_before_there_is_a_history(self) -> None:
+        """With scale 1 a gradient of 1/(32768·8) is zero in E5M2."""
+        precision = te_precision(RECIPES["delayed"])
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+        tiny = 1 / (32768 * 8)
+        with torch.no_grad():
+            given[3].mul_(TOKENS * tiny)
+        with precision.autocast(tiny):
+            run(made, given).backward()
+        _, exact = truth()
+        for name, grad in gradients(made, given).items():
+            assert decibels(grad.double() / (TOKENS * tiny), exact[name]) > 13, name
+
+    @pytest.mark.parametrize("name", ["delayed", "current"])
+    def test_scaling_state_goes_on_where_it_was(self, name: str) -> None:
+        precision = te_precision(RECIPES[name])
+
+        def trained(steps: int, state: dict[str, dict[str, Tensor]] | None) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+            made, losses = block(precision, "cuda"), []
+            for key, value in (state or {}).items():
+                made[key].engine.load_scaling_state(value)
+            for _ in range(steps):
+                given = inputs("cuda", torch.bfloat16)
+                with precision.autocast(1 / TOKENS):
+                    loss = run(made, given)
+                loss.backward()
+                losses.append(loss.detach())
+            keys = ("qkv", "mlp", "c_proj")
+            return losses, {key: {k: v.clone().cpu() for k, v in made[key].engine.scaling_state().items()} for key in keys}
+
+        whole, last = trained(4, None)
+        first, state = trained(2, None)
+        rest, other = trained(2, state)
+        assert [*map(float, first), *map(float, rest)] == [*map(float, whole)]
+        for key, value in last.items():
+            assert all(torch.equal(value[what], other[key][what]) for what in value)
+
+    def test_norm_weights_are_learned(self) -> None:
+        precision = te_precision(RECIPES["current"], norm_weight=True)
+        made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+        with precision.autocast(1 / TOKENS):
+            run(made, given).backward()
+        assert {name for name, _ in made.named_parameters() if "norm" in name} == {
+            "qkv.norm_weight", "mlp.norm_weight", "norm.norm_weight"
+        }  # fmt: skip
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in made.parameters())
+
+    def test_a_history_of_another_length_is_refused(self) -> None:
+        made = block(te_precision(RECIPES["delayed"]), "cuda")
+        other = block(te_precision(recipe("delayed", amax_history_len=4)), "cuda")
+        given = inputs("cuda", torch.bfloat16)
+        with torch.no_grad():
+            run(made, given)
+        with pytest.raises(ValueError, match="remembers 16 amaxes, the recipe 4"):
+            other["mlp"].engine.load_scaling_state(made["mlp"].engine.scaling_state())
+
+
+@pytest.fixture
+def fresh_engine() -> None:
+    """Transformer Engine's buffers are global: those of an earlier test's modules must not be reduced with ours."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+def test_parameters_are_those_of_every_precision(weights: str) -> None:
+    ours = block(te_precision(RECIPES["delayed"], weights=weights), "meta").state_dict()
+    plain = block(bf16(), "meta").state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in plain.items()}
+    matrices = {value.dtype for value in ours.values() if value.ndim == 2}
+    assert matrices == {torch.bfloat16 if weights == "bf16" else torch.float32}
+
+
+def test_a_gate_of_few_channels_is_bf16() -> None:
+    gate = te_precision(RECIPES["delayed"]).linear(12, 6)
+    x = torch.randn(3, 12, dtype=torch.bfloat16)
+    assert gate(x).dtype == torch.bfloat16 and not hasattr(gate, "engine")
+
+
+def test_micro_batches_that_do_not_divide_are_refused() -> None:
+    precision = te_precision(RECIPES["delayed"])
+    assert precision.refuses(64) is None
+    assert "multiple of 16" in str(precision.refuses(24))
+    assert "multiple of 128" in str(te_precision(RECIPES["blockwise"]).refuses(64))
+
+
+def test_combinations_that_are_not_made_are_refused() -> None:
+    with pytest.raises(ValueError, match="fused layers"):
+        te_precision(RECIPES["delayed"], layers="separate", norm_weight=True)
+    with pytest.raises(ValueError, match="bf16 weights"):
+        te_precision(RECIPES["delayed"], weights="fp8", te_head=True)
+
+
+def test_what_runs_where_is_told() -> None:
+    told = te_precision(RECIPES["delayed"]).describe()
+    assert told["q, k, v"] == "te.LayerNormLinear, one GEMM" and told["recipe"].startswith("delayed: fprop e4m3×e4m3")
+    assert isinstance(te_precision(RECIPES["delayed"]), TEPrecision)
