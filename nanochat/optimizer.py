@@ -86,26 +86,23 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Return what a checkpoint must hold: the named state, and `<kind>.steps`, 0-D int64 on the CPU."""
         return {**self.named_state(), f"{self.kind}.steps": torch.tensor(self.steps, dtype=torch.int64, device="cpu")}
 
-    def load_state_tensors(self, saved: Mapping[str, Tensor], strict: bool = True) -> None:
+    def load_state_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Copy `saved` into the state. It may hold more keys than this process owns; those are left alone.
 
         Each key is read once, one at a time, so that a mapping that reads from disk needs no room for all of them.
 
         Args:
             saved: as `state_tensors` gave it, from any number of processes.
-            strict: False leaves the state of keys that `saved` lacks as it is.
 
         Raises:
-            BadInput: a key is missing (strict), or has another shape or dtype than this run needs.
+            BadInput: a key is missing, or has another shape or dtype than this run needs.
         """
         wanted = self.state_tensors()
         missing = [key for key in wanted if key not in saved]
-        if missing and strict:
+        if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BadInput(f"the checkpoint lacks the optimizer state {missing[0]}{more}; resume with its own settings")
         for key, place in wanted.items():
-            if key in missing:
-                continue
             value = saved[key]
             if value.shape != place.shape or value.dtype != place.dtype:
                 raise BadInput(
