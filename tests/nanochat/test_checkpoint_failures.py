@@ -183,15 +183,18 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def save_as_ranks(directory: Path, step: int, moments: list[dict[str, Tensor]], **arguments: Any) -> list[Any]:
     """Save from one thread a rank; return what each rank's call returned or raised."""
     world = len(moments)
-    barrier, flags = threading.Barrier(world, timeout=30), [False] * world
+    barrier, failures = threading.Barrier(world, timeout=30), [None] * world
 
     def rank_saves(rank: int) -> object:
-        def any_rank(flag: bool) -> bool:
-            flags[rank] = flag
+        def agree(failure: Any) -> None:
+            failures[rank] = failure
             barrier.wait()
-            result = any(flags)
+            first = next((r for r, met in enumerate(failures) if met), None)
             barrier.wait()
-            return result
+            if first == rank:
+                raise failure
+            if first is not None:
+                sys.exit(2)
 
         weights = model(float(step)) if rank == 0 else {}
         try:
@@ -204,9 +207,9 @@ def save_as_ranks(directory: Path, step: int, moments: list[dict[str, Tensor]], 
                 keep=1,
                 rank=rank,
                 world=world,
-                any_rank=any_rank,
+                agree=agree,
             )
-        except BadInput as error:
+        except (BadInput, SystemExit) as error:
             return error
 
     with ThreadPoolExecutor(world) as pool:
@@ -288,7 +291,7 @@ def test_one_rank_out_of_space_fails_all_and_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(durable, "write", fails_on_rank_1)
     first, second = save_as_ranks(tmp_path, 2, [{}, {}])
-    assert isinstance(first, BadInput) and "another rank failed" in str(first)
+    assert isinstance(first, SystemExit) and first.code == 2
     assert isinstance(second, BadInput) and "the disk is full" in str(second)
     assert names(tmp_path) == ["step_000001"]
     assert value_of(find(tmp_path)) == 1.0
