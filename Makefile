@@ -33,6 +33,7 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,6 +1,7 @@
 """Where a micro-batch's time goes: milliseconds of GPU kernels by family, and the largest kernels one by one.
 
     python -m benchmarks.profile --depth 24 --batch 16 [--window-pattern L] [--precision bf16] [--micro-batches 4]
+    python -m benchmarks.profile --depth 24 --batch 16 --precision te [--recipe delayed] [--te-head te] …
 
 Forward and backward of random tokens under `torch.profiler`, gradients accumulating, no optimizer; T = 2048. Every kernel is in
 exactly one family, found by its name, and what no family claims is under "other": look at the list of largest kernels before
@@ -21,9 +22,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 import nvfp8
-from nanochat.build import PRECISIONS, build_model, choose_precision
+from nanochat.build import PRECISIONS, EngineOptions, build_model, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
+from scripts.engine_flags import add_engine_flags, engine_options
 
 Kernel = tuple[str, int, float]  # name, launches, milliseconds
 
@@ -33,6 +35,7 @@ OURS = frozenset(name for path in Path(nvfp8.__path__[0], "kernels").glob("*.py"
 FAMILIES = (
     ("attention", re.compile(r"cudnn|sdpa|flash|fmha", re.IGNORECASE)),
     ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk", re.IGNORECASE)),
+    ("Transformer Engine", re.compile(r"transformer_engine")),
     ("embedding gradients", re.compile(r"embedding|cub::|krn_partial|partial_segments|compute_grad_weight|sum_and_scatter")),
     ("casts and copies", re.compile(r"copy|memcpy|memset|FillFunctor|(?<!broad)cast|transpose|quantize|amax", re.IGNORECASE)),
     ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add")),
@@ -64,9 +67,9 @@ def table(kernels: Iterable[Kernel], micro_batches: int, largest: int = 15) -> l
     return lines
 
 
-def _model(config: GPTConfig, name: str) -> tuple[GPT, str]:
+def _model(config: GPTConfig, name: str, options: EngineOptions | None) -> tuple[GPT, str]:
     """Build a model without zero matrices, and say in what it runs."""
-    precision, why = choose_precision(name, "cuda")
+    precision, why = choose_precision(name, "cuda", options)
     model = build_model(config, precision, torch.device("cuda"))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4, help="to average over")
     parser.add_argument("--window-pattern", default="L")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    add_engine_flags(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise BadInput("the profile is of GPU kernels, and torch finds no CUDA device")
@@ -92,7 +96,8 @@ def main() -> None:
         config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    model, runs = _model(config, args.precision)
+    options = engine_options(args) if args.precision in ("te", "auto") else None
+    model, runs = _model(config, args.precision, options)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device="cuda")
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

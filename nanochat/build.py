@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat import checkpoint
+from nanochat import checkpoint, parallel
 from nanochat.checkpoint import Checkpoint
 from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
@@ -140,7 +140,8 @@ def load_model(
         BadInput: there is no such checkpoint, or it cannot run here.
     """
     directory = base_dir() / "base_checkpoints" / tag
-    saved = checkpoint.find(directory if directory.is_dir() or not Path(tag).is_dir() else Path(tag), step)
+    directory = directory if directory.is_dir() or not Path(tag).is_dir() else Path(tag)
+    saved = Checkpoint(Path(parallel.from_rank_0(lambda: str(checkpoint.find(directory, step).path))))  # read whole, once
     model = build_model(config_of(saved), choose_precision(precision, device.type)[0], device, attention)
     load_weights(model, saved)
     return model, saved

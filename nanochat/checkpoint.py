@@ -39,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanochat import durable
+from nanochat import durable, parallel
 from nanochat.errors import BadInput
 
 FORMAT = 1
@@ -50,7 +50,7 @@ STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")
 
 
 def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _discard(path: Path) -> None:
@@ -106,7 +106,7 @@ def save(
     keep: int,
     rank: int = 0,
     world: int = 1,
-    any_rank: Callable[[bool], bool] = bool,
+    agree: Callable[[Exception | None], object] = parallel.agree,
 ) -> Path:
     """Save one checkpoint; every rank calls this with the same `directory`, on a file system they share.
 
@@ -119,14 +119,14 @@ def save(
         keep: how many checkpoints stay: this one and the newest before it; later steps (another run's) stay too.
         rank: this process.
         world: number of processes.
-        any_rank: true on every rank if the flag is true on one; returns when all ranks have called (`parallel.any`).
+        agree: returns when all ranks have called it, if none has met a failure; else raises on every rank.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        BadInput: on every rank, if one could not write (disk full, no permission). Nothing is left of this checkpoint
-            and earlier ones are intact.
+        BadInput: on the first rank that could not write (disk full, no permission); the others exit. Nothing is left of
+            this checkpoint and earlier ones are intact.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -135,21 +135,23 @@ def save(
     state_json = _json(state)  # what JSON cannot hold fails here, before the disk is touched
 
     def together(work: Callable[[], None], failed: str) -> None:
-        """Run `work`; where it meets an OSError on any rank, all ranks raise."""
-        failure: OSError | None = None
+        """Run `work`; where it fails on any rank, none goes on."""
+        failure: Exception | None = None
         try:
             work()
         except OSError as error:
+            full = error.errno in (ENOSPC, EDQUOT)
+            why = "the disk is full; free space there and resume" if full else str(error)
+            failure = BadInput(f"{failed}: {why}")
+            failure.__cause__ = error
+        except Exception as error:
             failure = error
-        if not any_rank(failure is not None):
-            return
-        if rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-        if failure is None:
-            raise BadInput(f"{failed}: another rank failed, see its error")
-        full = failure.errno in (ENOSPC, EDQUOT)
-        why = "the disk is full; free space there and resume" if full else str(failure)
-        raise BadInput(f"{failed}: {why}") from failure
+        try:
+            agree(failure)
+        except (Exception, SystemExit):
+            if rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise
 
     def prepare() -> None:
         if rank == 0:

@@ -117,9 +117,7 @@ class Source:
         digests = {digest for digest, _ in self._hashed(self.files[-1:] if self.holds_out_last_file else self.files)}
         if self.holds_out_last_file:
             if not digests:
-                raise BadInput(
-                    f"{self.files[-1]}: holds no text, and the last parquet file is the validation set: remove it"
-                )
+                raise BadInput(f"{self.files[-1]}: holds no text, and the last parquet file is the validation set: remove it")
             return digests
         if len(digests) < 2:
             raise BadInput(
@@ -144,9 +142,7 @@ class Source:
                         yield hashlib.sha256(encoded).digest()[:16], text
             except UnicodeDecodeError as error:
                 if not self.installed:
-                    raise BadInput(
-                        f"{path}: not UTF-8 text ({error.reason}): convert it with iconv or remove it"
-                    ) from error
+                    raise BadInput(f"{path}: not UTF-8 text ({error.reason}): convert it with iconv or remove it") from error
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -199,9 +195,7 @@ def _installed_python(name: str) -> Source:
             files += _walk(directory)
     sources = tuple(sorted({path for path in files if path.suffix == ".py"}))
     if not sources:
-        raise BadInput(
-            f"{name}: no *.py files in {library}: this Python comes without its sources; give --data a directory"
-        )
+        raise BadInput(f"{name}: no *.py files in {library}: this Python comes without its sources; give --data a directory")
     return Source(name, sources, installed=True)
 
 
@@ -262,9 +256,7 @@ def _parquet_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[str, str]]:
     # Parquet is read from its end, so a compressed file is unpacked into memory; others stream, a row group at a time.
     table = pq.ParquetFile(pa.BufferReader(stream.read()) if path.suffix in _COMPRESSIONS else stream)
     if "text" not in table.schema_arrow.names:
-        raise BadInput(
-            f"{path}: no column 'text' (columns: {', '.join(table.schema_arrow.names)}): rename the one that holds it"
-        )
+        raise BadInput(f"{path}: no column 'text' (columns: {', '.join(table.schema_arrow.names)}): rename the one that holds it")
     row = 0
     for batch in table.iter_batches(batch_size=1024, columns=["text"]):
         try:
@@ -275,9 +267,7 @@ def _parquet_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[str, str]]:
             ) from error
         for text in texts:
             if not isinstance(text, str):
-                raise BadInput(
-                    f"{path} row {row}: 'text' is {type(text).__name__}, not a string: drop or mend that row"
-                )
+                raise BadInput(f"{path} row {row}: 'text' is {type(text).__name__}, not a string: drop or mend that row")
             yield f"{path} row {row}", text
             row += 1
 

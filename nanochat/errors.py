@@ -23,11 +23,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
+def status(error: Exception) -> int:
+    """The exit status of a process that ends with `error`: 2 for bad input, 1 for what else Python shows a traceback of."""
+    return 2 if isinstance(error, BadInput) else 1
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 when it returns, 2 with one line on stderr when it raises `BadInput`."""
     try:
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status(error))
     sys.exit(0)

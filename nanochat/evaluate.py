@@ -6,7 +6,7 @@ sum, nor do ignored targets.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from nanochat.gpt import GPT
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, batches: Iterator[tuple[Tensor, Tensor]], steps: int, token_bytes: Tensor) -> float:
+def bits_per_byte(
+    model: GPT,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    token_bytes: Tensor,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Evaluate `steps` micro-batches on every rank.
 
     Args:
@@ -24,12 +30,15 @@ def bits_per_byte(model: GPT, batches: Iterator[tuple[Tensor, Tensor]], steps: i
         batches: yields (inputs, targets), (B, T) int64 each.
         steps: how many to take, at least 1.
         token_bytes: (V,) bytes each token stands for, 0 for specials, on the model's device.
+        stop: asked before each micro-batch; true, on all ranks at once, abandons the evaluation.
 
     Returns:
-        Bits per byte over all ranks; infinite if no target stands for any byte.
+        Bits per byte over all ranks, infinite if no target stands for any byte; None if abandoned.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=token_bytes.device)  # nats, bytes
     for _ in range(steps):
+        if stop():
+            return None
         inputs, targets = next(batches)
         size = torch.where(targets >= 0, token_bytes[targets.clamp_min(0)], 0)
         losses = model.token_losses(inputs, targets)

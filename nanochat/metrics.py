@@ -13,7 +13,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nanochat.errors import BadInput
 
 JSONL = "metrics.jsonl"
+BOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Metrics:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, [record for record in _read(self._path) if record["step"] < start_step])
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step)
+            self._board = SummaryWriter(str(directory / BOARD), purge_step=start_step)
         except OSError as error:
             raise BadInput(f"cannot write metrics into {directory}: {error.strerror}") from error
         self._record("run", total_steps=total_steps, config=dict(config))
@@ -123,7 +125,8 @@ class Metrics:
         """Record text that the model wrote after `step` updates."""
         self._step = step
         self._record("sample", text=text)
-        self._board.add_text("sample", text, step)
+        with _writing(self._path.with_name(BOARD)):
+            self._board.add_text("sample", text, step)
         self._print(f"step {step} | sample: {text}")
 
     def message(self, text: str) -> None:
@@ -135,23 +138,22 @@ class Metrics:
         """Flush and close every sink and give the terminal back; harmless if called again."""
         if self._progress is not None:
             self._progress.stop()
-        self._board.close()
+        with _writing(self._path.with_name(BOARD)):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
 
     def _record(self, kind: str, **values: Any) -> None:
         line = json.dumps(_finite({"kind": kind, "step": self._step, **values}), allow_nan=False, default=str)
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {self._path}: {error.strerror}; free some space and resume") from error
+        with _writing(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def _plot(self, scalars: Mapping[str, float | None]) -> None:
         known = {name: value for name, value in scalars.items() if value is not None}
-        for name, value in known.items():
-            self._board.add_scalar(name, value, self._step)
+        with _writing(self._path.with_name(BOARD)):
+            for name, value in known.items():
+                self._board.add_scalar(name, value, self._step)
         if self._wandb is not None:
             self._wandb.log(known, step=self._step)
 
@@ -164,6 +166,14 @@ class Metrics:
             self._progress.console.print(line, markup=False, highlight=False)
         elif self._console:
             print(line, flush=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; free some space and resume") from error
 
 
 def read(directory: Path) -> list[dict[str, Any]]:

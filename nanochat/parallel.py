@@ -4,17 +4,22 @@ After the last micro-batch each gradient is summed to its owner; the owner updat
 moves as many bytes as a reduce-scatter and an all-gather (ZeRO-1, arXiv 1910.02054), but cuts no tensor in two: Muon
 needs whole matrices, and an optimizer here never knows that there are other processes. Gradients are summed, so the
 loss of each process must already be divided by the number of processes. For one process everything here does nothing.
+
+A process that fails alone must not leave the others waiting in a collective: they meet in `agree`, and all end.
 """
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat import errors
 from nanochat.errors import BadInput
 
 
@@ -81,12 +86,6 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def total(value: Tensor) -> Tensor:
     """Sum `value`, a tensor on this process's device, over all processes, in place; return it. Nobody waits."""
     if dist.is_initialized():
@@ -94,27 +93,63 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def mean(value: float) -> float:
-    """Return the mean of `value` over all processes; the host waits for it."""
-    _, world = _world()
-    if world == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return total(torch.tensor(value, dtype=torch.float64, device=device)).item() / world
-
-
 def any_rank(flag: bool) -> bool:
     """Return whether `flag` is true on any process; the host waits for it."""
-    return mean(float(flag)) > 0
+    return agree(None, flag)
 
 
-def from_rank_0(text: str | None) -> str | None:
-    """Return rank 0's `text` on every process."""
-    if dist.is_initialized():
-        box = [text]
+def agree(failure: Exception | None, flag: bool = False, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether `flag` is true on any process, if no process has met a failure; else none of them returns.
+
+    The first rank with a failure raises it, the only one to speak; the others exit in silence with the same status.
+
+    Args:
+        failure: what this process met since the processes last agreed.
+        flag: any question that can travel along.
+        group: of all processes; None for the one that `init` made.
+    """
+    if not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return flag
+    rank, world = _world()
+    told = torch.zeros(world + 1, device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    told[rank] = 0 if failure is None else errors.status(failure)
+    told[world] = float(flag)
+    dist.all_reduce(told, group=group)
+    *statuses, flags = told.tolist()
+    first = next((r for r, status in enumerate(statuses) if status), None)
+    if first is not None:
+        if failure is not None and first == rank:
+            raise failure
+        sys.exit(int(statuses[first]))
+    return flags > 0
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What any process fails with in this block ends all of them at its end, as in `agree`, instead of leaving them waiting.
+
+    Every process enters the block, which must not wait for another: no collective, no other `together`.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    agree(failure, group=group)
+
+
+def from_rank_0(work: Callable[[], str]) -> str:
+    """Return on every process what `work` returns on rank 0, where alone it runs; its failure ends all of them."""
+    rank, world = _world()
+    box = [""]
+    with together():
+        if rank == 0:
+            box[0] = work()
+    if world > 1:
         dist.broadcast_object_list(box, src=0)
-        text = box[0]
-    return text
+    return box[0]
 
 
 def owners(sizes: Mapping[str, int], world: int) -> dict[str, int]:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from nanochat import durable
+from nanochat import durable, parallel
 from nanochat.dataset import Source, Split
 from nanochat.errors import BadInput
 from nanochat.tokenizer import Tokenizer
@@ -98,13 +98,11 @@ class TokenStore:
         return counts
 
 
-def open_or_build(
-    source: Source, tokenizer: Tokenizer, cache_dir: Path, say: Callable[[str], None] = print
-) -> TokenStore:
+def open_or_build(source: Source, tokenizer: Tokenizer, cache_dir: Path, say: Callable[[str], None] = print) -> TokenStore:
     """The tokens of `source`, from `cache_dir` or else made now and kept there.
 
     With torch.distributed initialized every rank must call it, and all must see `cache_dir`: rank 0 builds and
-    verifies, the others wait for it, and what it finds wrong is raised by all.
+    verifies, the others wait for it; what it finds wrong it raises, and the others exit.
 
     Args:
         source: the documents.
@@ -142,19 +140,13 @@ def unigram_bits_per_byte(store: TokenStore, token_bytes: torch.Tensor) -> float
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait; its BadInput is raised everywhere, so that nobody waits for ever."""
+    """Run `work` on rank 0 while the others wait; what it fails with ends all of them."""
     # A group of its own: tokenizing may take longer than the ten minutes after which NCCL gives up on a peer.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
+    with parallel.together(group):
+        if dist.get_rank() == 0:
             work()
-        except BadInput as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0, group=group)
     dist.destroy_process_group(group)
-    if problem[0] is not None:
-        raise BadInput(problem[0])
 
 
 def _ensure(source: Source, tokenizer: Tokenizer, directory: Path, say: Callable[[str], None]) -> None:

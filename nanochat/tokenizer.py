@@ -37,9 +37,7 @@ SPECIALS = (
 )
 
 # In order: contractions; words with one other character before; one or two digits; punctuation; line ends; spaces.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable characters, one for each byte
 _MEND = "train one with python -m scripts.tok_train"
@@ -82,9 +80,7 @@ class Tokenizer:
         """
         least = len(_BYTES) + len(SPECIALS)
         if vocab_size < least:
-            raise BadInput(
-                f"a vocabulary of {vocab_size} is too small: 256 bytes and 9 special tokens need at least {least}"
-            )
+            raise BadInput(f"a vocabulary of {vocab_size} is too small: 256 bytes and 9 special tokens need at least {least}")
         model = tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = _pre_tokenizer()
         model.decoder = decoders.ByteLevel()
@@ -129,9 +125,7 @@ class Tokenizer:
             aside.write_text(self._model.to_str(), encoding="utf-8")
             aside.replace(path)
         except OSError as error:
-            raise BadInput(
-                f"{path}: cannot be written ({error.strerror}): free space or choose another place"
-            ) from error
+            raise BadInput(f"{path}: cannot be written ({error.strerror}): free space or choose another place") from error
         return path
 
     @overload

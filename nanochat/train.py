@@ -6,9 +6,11 @@ with a non-finite loss or gradient is not applied.
 
 A step begins with what is due before it (validation, sample, checkpoint), so the checkpoint of step n is the state after n
 updates, and a run resumed from it goes on as if it had never stopped.
+
+Ranks agree once a step, before what is due: whether a signal asked to stop, and whether one met a failure (rank 0 alone
+writes metrics). All of them then end, rather than wait for one that is gone.
 """
 
-import gc
 import itertools
 import math
 import resource
@@ -17,11 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, parallel, report, schedule
+from nanochat import checkpoint, parallel, process, report, schedule
 from nanochat.adamw import AdamW
 from nanochat.build import build_model, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
@@ -49,13 +51,13 @@ class Progress:
 
     Attributes:
         step: updates done, skipped ones included.
-        best_bpb: lowest validation loss, bits per byte.
+        best_bpb: lowest validation loss, bits per byte; None before there is a finite one.
         bad_steps: non-finite steps in a row.
         seconds: time spent training, evaluation and checkpoints not counted.
     """
 
     step: int = 0
-    best_bpb: float = math.inf
+    best_bpb: float | None = None
     bad_steps: int = 0
     seconds: float = 0.0
 
@@ -70,22 +72,15 @@ class Run:
             BadInput: something the flags ask for cannot be had.
         """
         self.config, self.world = config, world
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        precision, why = choose_precision(config.precision, world.device.type)
-        self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
-        source = resolve(config.data)
-        self.token_bytes = self.tokenizer.token_bytes().to(world.device)
-        try:
-            shape = GPTConfig.from_depth(
-                config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-                vocab_size=self.tokenizer.vocab_size, window_pattern=config.window_pattern,
-            )  # fmt: skip
-        except ValueError as error:
-            raise BadInput(str(error)) from error
-        self.model = build_model(shape, precision, world.device, config.attention, config.seed)
-        self.plan = make_plan(config, self.model, world.size)
+        self.metrics: Metrics | None = None
+        self.failure: Exception | None = None
+        with parallel.together():
+            precision, why = choose_precision(config.precision, world.device.type)
+            self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
+            source = resolve(config.data)
+            self.token_bytes = self.tokenizer.token_bytes().to(world.device)
+            self.model = build_model(self._shape(), precision, world.device, config.attention, config.seed)
+            self.plan = make_plan(config, self.model, world.size)
         say = print if world.rank == 0 else lambda line: None
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
         self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
@@ -95,13 +90,25 @@ class Run:
         self.changed: list[str] = []
         loader_state = self._resume()
         parallel.broadcast_parameters(self.parameters, self.owner)  # one truth, also among unlike devices
-        if config.run != "dummy":
-            require_wandb()  # before anything is moved
-        self._move_earlier_run(say)
         self.start_step = self.progress.step
-        self.batches = self._loader("train", loader_state)
-        self.metrics = self._open_metrics() if world.rank == 0 else None
+        with parallel.together():
+            if config.run != "dummy":
+                require_wandb()  # before anything is moved
+            self.batches = self._loader("train", loader_state)
+            if world.rank == 0:
+                self._move_earlier_run(say)
+                self.metrics = self._open_metrics()
         self._introduce(why, source.describe())
+
+    def _shape(self) -> GPTConfig:
+        config = self.config
+        try:
+            return GPTConfig.from_depth(
+                config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
+                vocab_size=self.tokenizer.vocab_size, window_pattern=config.window_pattern,
+            )  # fmt: skip
+        except ValueError as error:
+            raise BadInput(str(error)) from error
 
     def _build_optimizers(self) -> None:
         config, model = self.config, self.model
@@ -123,32 +130,35 @@ class Run:
 
     def _resume(self) -> dict[str, Any] | None:
         """Load weights, optimizer state, progress and random state if asked; return the data position."""
-        config = self.config
         if not self._resuming:
             return None
-        path, failure = None, None
-        if self.world.rank == 0:  # it reads and hashes every file: once is enough
-            try:
-                step = None if config.resume else config.resume_from_step
-                path = str(checkpoint.find(self.directory, step).path)
-                if step is not None:
-                    self._set_aside_after(step)
-            except BadInput as error:
-                failure = error
-        path = parallel.from_rank_0(path)
-        if path is None:
-            raise failure or BadInput("rank 0 found no checkpoint to resume from, see its error")
-        saved = checkpoint.Checkpoint(Path(path))
-        if config_of(saved) != self.model.config:
-            raise BadInput(f"{path} holds another shape, {config_of(saved)}: give its --depth and the like, or another --model-tag")
+        path = Path(parallel.from_rank_0(self._find))
+        with parallel.together():
+            return self._load(checkpoint.Checkpoint(path))
+
+    def _find(self) -> str:
+        """The path of the checkpoint to resume from. All its files are read and hashed: by one rank."""
+        step = None if self.config.resume else self.config.resume_from_step
+        path = checkpoint.find(self.directory, step).path
+        if step is not None:
+            self._set_aside_after(step)
+        return str(path)
+
+    def _load(self, saved: checkpoint.Checkpoint) -> dict[str, Any]:
+        """Take everything from the checkpoint but the data position, and return that."""
+        shape, config = config_of(saved), self.config
+        if shape != self.model.config:
+            raise BadInput(f"{saved.path} holds another shape, {shape}: give its --depth and the like, or another --model-tag")
         check_tokenizer(self.tokenizer, saved)
         if "progress" not in saved.state:
-            raise BadInput(f"{path} holds weights only, no optimizer state: it can be evaluated and sampled, not resumed")
+            raise BadInput(f"{saved.path} holds weights only, no optimizer state: it can be evaluated and sampled, not resumed")
         load_weights(self.model, saved)
         state, weights = saved.optimizer(), saved.model()
         for optimizer in self.optimizers:
             optimizer.load_state_tensors(state, weights)
         self.progress = Progress(**saved.state["progress"])
+        if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
+            self.progress.best_bpb = None
         before, now = saved.state["train_config"], asdict(config)
         names = now.keys() - {"resume", "resume_from_step"}
         self.changed = [f"{name} {before.get(name)} -> {now[name]}" for name in sorted(names) if before.get(name) != now[name]]
@@ -161,17 +171,16 @@ class Run:
             path = self.directory / f"step_{later:06d}"
             names = (path.with_suffix(f".abandoned{number}") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
-            path.rename(aside)
+            _rename(path, aside)
             print(f"resuming from step {step}: {path} is now {aside.name}")
 
     def _move_earlier_run(self, say: Callable[[str], None]) -> None:
         """A run that starts anew leaves an earlier one of the same tag whole, under another name."""
-        if self.world.rank == 0 and not self._resuming and self.directory.exists():
+        if not self._resuming and self.directory.exists():
             taken = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
             moved = next(path for path in taken if not path.exists())
-            self.directory.rename(moved)
+            _rename(self.directory, moved)
             say(f"{self.directory} held an earlier run: it is now {moved} (--resume would have gone on with it)")
-        parallel.barrier()
 
     def _loader(self, split: Split, state: dict[str, Any] | None = None) -> BatchLoader:
         return BatchLoader(
@@ -189,10 +198,23 @@ class Run:
         """What every part of the model really runs in."""
         return {**self.model.precision.describe(), "attention": self.model.describe_attention()}
 
+    def _tell(self, what: Callable[[Metrics], None]) -> None:
+        """Record something on rank 0. What that fails with waits until the ranks next agree: the others cannot know of it."""
+        if self.metrics is None or self.failure is not None:
+            return
+        try:
+            what(self.metrics)
+        except Exception as error:
+            self.failure = error
+
     def say(self, text: str) -> None:
         """Print and record a line, on rank 0."""
-        if self.metrics is not None:
-            self.metrics.message(text)
+        self._tell(lambda metrics: metrics.message(text))
+
+    def _leave(self, status: int) -> NoReturn:
+        """Exit on all ranks."""
+        parallel.agree(self.failure)
+        sys.exit(status)
 
     def _introduce(self, why: str, data: str) -> None:
         model, plan, config = self.model, self.plan, self.config
@@ -217,15 +239,17 @@ class Run:
         """Train to the end, or to a signal.
 
         Raises:
-            SystemExit: 1 after too many non-finite steps in a row, 128 + number after a signal.
+            SystemExit: 1 after too many non-finite steps in a row, 128 + number after a signal, and where another rank
+                failed, its status.
         """
         try:
-            with StopRequest() as request:
+            with StopRequest(speaks=self.world.rank == 0) as request:
                 while self.progress.step < self.plan.steps:
                     self._before_step(self.progress.step, request)
                     self._step()
                 self._before_step(self.plan.steps, request)
-            self._finish()
+            self._tell(self._finish)
+            parallel.agree(self.failure)
         finally:
             self.batches.close()
             if self.metrics is not None:
@@ -234,11 +258,11 @@ class Run:
     def _before_step(self, step: int, request: StopRequest) -> None:
         """Do what is due after `step` updates; leave the loop here if a signal asked for it."""
         config, last = self.config, step == self.plan.steps
-        stop = parallel.any_rank(request.signal is not None)
+        stop = parallel.agree(self.failure, request.signal is not None)
         if config.eval_every > 0 and not stop and (last or step % config.eval_every == 0):
-            self._evaluate()
+            stop = not self._evaluate(request)
         if config.sample_every > 0 and not stop and step > 0 and (last or step % config.sample_every == 0):
-            self._sample()
+            self._tell(self._sample)
         due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
         if (due or stop) and (step != self.start_step or step == 0):
             self._save()
@@ -246,7 +270,7 @@ class Run:
             signal = request.signal
             who = signal.name if signal else "a signal to another rank"
             self.say(f"stopped by {who}: step {step} is saved, --resume goes on from it")
-            sys.exit(128 + (signal.value if signal else 15))
+            self._leave(128 + (signal.value if signal else 15))
 
     def _step(self) -> None:
         """One update from `accumulation` micro-batches, and its record."""
@@ -270,13 +294,10 @@ class Run:
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds
-        self._record(step, check.loss, multiplier, seconds, check.norm)
+        self._tell(lambda metrics: self._record(metrics, step, check.loss, multiplier, seconds, check.norm))
         self._count_bad(step, bad)
         if step == self.start_step:
-            # Python's collector scans for cycles for up to half a second at a time and finds nothing.
-            gc.collect()
-            gc.freeze()
-            gc.disable()
+            process.stop_collecting()
 
     def _update(self, multiplier: float) -> None:
         step, plan = self.progress.step, self.plan
@@ -299,18 +320,16 @@ class Run:
         self.say(f"step {step}: {what} is not finite, the step is not applied ({progress.bad_steps} in a row)")
         if progress.bad_steps >= self.config.max_bad_steps:
             self.say(f"stopping after {progress.bad_steps} such steps; the last good checkpoint in {self.directory} is as it was")
-            sys.exit(1)
+            self._leave(1)
 
-    def _record(self, step: int, loss: float, multiplier: float, seconds: float, norm: float) -> None:
-        if self.metrics is None:
-            return
+    def _record(self, metrics: Metrics, step: int, loss: float, multiplier: float, seconds: float, norm: float) -> None:
         rate = self.plan.batch_tokens / seconds
         done = step + 1 - self.start_step
         if done <= WARMUP_STEPS:
             self._timed_from = time.perf_counter()
         elapsed = time.perf_counter() - self._timed_from
         left = self.plan.steps - step - 1
-        self.metrics.step(
+        metrics.step(
             StepRecord(
                 step=step, loss=loss, lr_multiplier=multiplier, seconds=seconds, tokens=self.plan.batch_tokens,
                 tokens_per_second=rate,
@@ -334,24 +353,28 @@ class Run:
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, request: StopRequest) -> bool:
+        """Measure and record the validation loss; False if a signal to any rank ended that early."""
         config = self.config
         micro_tokens = config.device_batch_size * config.max_seq_len * self.world.size
-        tokens = min(config.eval_tokens, self.store.split("val").total_tokens)
+        steps = max(1, min(config.eval_tokens, self.store.split("val").total_tokens) // micro_tokens)
         batches = self._loader("val")
         try:
-            bpb = bits_per_byte(self.model, batches, max(1, tokens // micro_tokens), self.token_bytes)
+            # Asked once a batch: the ranks exchange one number for it, one process alone asks nobody.
+            bpb = bits_per_byte(self.model, batches, steps, self.token_bytes, lambda: parallel.any_rank(request.signal is not None))
         finally:
             batches.close()
-        self.progress.best_bpb = min(self.progress.best_bpb, bpb)
-        if self.metrics is not None:
-            self.metrics.evaluation(self.progress.step, bpb)
+        if bpb is None:
+            return False
+        best = self.progress.best_bpb
+        if math.isfinite(bpb) and (best is None or bpb < best):
+            self.progress.best_bpb = bpb
+        self._tell(lambda metrics: metrics.evaluation(self.progress.step, bpb))
+        return True
 
-    def _sample(self) -> None:
-        if self.metrics is None:
-            return
+    def _sample(self, metrics: Metrics) -> None:
         for text in continuations(self.model, self.tokenizer, PROMPTS):
-            self.metrics.sample(self.progress.step, text)
+            metrics.sample(self.progress.step, text)
 
     def _save(self) -> None:
         optimizer = {name: value for part in self.optimizers for name, value in part.state_tensors().items()}
@@ -368,18 +391,24 @@ class Run:
         }
         path = checkpoint.save(
             self.directory, self.progress.step, self.model.state_dict(), optimizer, state, keep=self.config.keep,
-            rank=self.world.rank, world=self.world.size, any_rank=parallel.any_rank,
+            rank=self.world.rank, world=self.world.size,
         )  # fmt: skip
         self.say(f"saved {path}")
 
-    def _finish(self) -> None:
-        if self.metrics is None:
-            return
-        if self.progress.best_bpb < math.inf:
-            best = self.progress.best_bpb
-            self.say(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
+    def _finish(self, metrics: Metrics) -> None:
+        best = self.progress.best_bpb
+        if best is not None:
+            metrics.message(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
         picture = report.draw(self.directory)
-        self.say(f"trained for {self.progress.seconds:.0f} s, peak memory {self._memory_gib():.1f} GiB; curves in {picture}")
+        seconds, memory = self.progress.seconds, self._memory_gib()
+        metrics.message(f"trained for {seconds:.0f} s, peak memory {memory:.1f} GiB; curves in {picture}")
+
+
+def _rename(path: Path, to: Path) -> None:
+    try:
+        path.rename(to)
+    except OSError as error:
+        raise BadInput(f"cannot rename {path} to {to.name}: {error.strerror}; rename it by hand, or mend its directory") from error
 
 
 def _backward_position(name: str) -> int:
@@ -396,8 +425,11 @@ def train(config: TrainConfig) -> None:
         BadInput: something the user asked for cannot be done.
         SystemExit: as `Run.loop`.
     """
-    world = parallel.init(config.device_type)
-    try:
-        Run(config, world).loop()
-    finally:
-        parallel.shutdown()
+    with process.restored():
+        if config.deterministic:
+            process.make_deterministic()
+        world = parallel.init(config.device_type)
+        try:
+            Run(config, world).loop()
+        finally:
+            parallel.shutdown()

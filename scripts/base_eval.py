@@ -43,9 +43,11 @@ def main() -> None:
 
     world = parallel.init(flags.device_type)
     try:
-        tokenizer = Tokenizer.load(flags.tokenizer or base_dir() / "tokenizer")
+        with parallel.together():
+            tokenizer = Tokenizer.load(flags.tokenizer or base_dir() / "tokenizer")
         model, saved = load_model(flags.model_tag, flags.step, world.device, flags.precision)
-        check_tokenizer(tokenizer, saved)
+        with parallel.together():
+            check_tokenizer(tokenizer, saved)
         if world.rank == 0:
             print(f"{saved.path}: precision {model.precision.name}, attention {model.attention_backend}")
         if "bpb" in wanted:
@@ -55,8 +57,10 @@ def main() -> None:
                 documents = store.split(split)
                 steps = min(flags.split_tokens, documents.total_tokens) // (rows * length * world.size)
                 batches = BatchLoader(documents, rows, length, rank=world.rank, world_size=world.size, device=world.device)
-                bpb = bits_per_byte(model, batches, max(1, steps), tokenizer.token_bytes().to(world.device))
-                batches.close()
+                try:
+                    bpb = bits_per_byte(model, batches, max(1, steps), tokenizer.token_bytes().to(world.device))
+                finally:
+                    batches.close()
                 if world.rank == 0:
                     print(f"{split}: {bpb:.4f} bits per byte")
             if world.rank == 0:

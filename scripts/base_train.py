@@ -9,9 +9,8 @@ nanochat's flags keep their names and defaults, so its commands run unchanged; t
 import os
 from dataclasses import fields
 
-# Before torch touches CUDA: segments that grow spare 5-10% of fragmentation; the workspace makes cuBLAS deterministic.
+# Before torch touches CUDA: segments that grow spare 5-10% of fragmentation.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from nanochat.errors import Parser, run
 from nanochat.train import train

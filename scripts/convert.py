@@ -50,9 +50,7 @@ def export_nanochat(source: Path, step: int | None, target: Path) -> Path:
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = Parser(
-        prog="python -m scripts.convert", description="Convert checkpoints to and from karpathy/nanochat's."
-    )
+    parser = Parser(prog="python -m scripts.convert", description="Convert checkpoints to and from karpathy/nanochat's.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, target in (
         ("import", "directory with nanochat's model_*.pt", "directory that gets step_*/"),

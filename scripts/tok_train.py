@@ -42,9 +42,7 @@ def main() -> None:
     start = time.perf_counter()
     tokenizer = Tokenizer.train(first(source.documents("train"), flags.max_chars, flags.doc_cap), flags.vocab_size)
     path = tokenizer.save(flags.out or base_dir() / "tokenizer")
-    fewer = (
-        "" if tokenizer.vocab_size == flags.vocab_size else f" ({flags.vocab_size:,} asked: nothing is left to merge)"
-    )
+    fewer = "" if tokenizer.vocab_size == flags.vocab_size else f" ({flags.vocab_size:,} asked: nothing is left to merge)"
     print(f"{path}: {tokenizer.vocab_size:,} ids{fewer}, {time.perf_counter() - start:.1f} s")
 
     size = tokens = 0

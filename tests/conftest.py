@@ -1,9 +1,16 @@
 """What every test relies on: one thread, no writes outside a temporary directory, and GPU tests that skip aloud."""
 
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Before torch and Triton are imported. Tests are tiny: a second thread only gets in the way of the next process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Looked at once, at the process's first GEMM: runs that ask for --deterministic must not depend on the tests before them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -25,3 +32,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def base_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs, tokenizers and shard caches of a test go to a directory of its own, not to ./out."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def free_port() -> Callable[[], str]:
+    """Finds a port on which processes can meet."""
+
+    def find() -> str:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return str(s.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture
+def two_ranks(free_port: Callable[[], str]) -> Iterator[Callable[..., list["subprocess.Popen[str]"]]]:
+    """Start `python <arguments>` twice, as torchrun would start its ranks; what still runs after the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> list["subprocess.Popen[str]"]:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        common["PYTHONPATH"] = str(Path(__file__).parents[1])
+        for rank in ("0", "1"):
+            environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, *arguments]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+        return started[-2:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -45,9 +45,7 @@ def _softcap_cross_entropy(
             tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
 
 
-def softcap_cross_entropy_(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None
-) -> Tensor:
+def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _softcap_cross_entropy[(logits.shape[0],)](

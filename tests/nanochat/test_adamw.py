@@ -164,6 +164,9 @@ def test_state_that_does_not_fit_is_named() -> None:
     lacking = {k: v for k, v in good.items() if not k.startswith("b.")}
     with pytest.raises(BadInput, match=r"lacks the optimizer state b\.exp_avg and 1 more"):
         opt.load_state_tensors(lacking, {})
+    opt.load_state_tensors({**good, "a.exp_avg": torch.ones(4, 3), "adamw.steps": torch.tensor(9)}, {})
+    assert opt.steps == 9
+    assert torch.equal(opt.state_tensors()["a.exp_avg"], torch.ones(4, 3))
     with pytest.raises(BadInput, match=r"a\.exp_avg is torch\.float32 \(3, 4\).*needs torch\.float32 \(4, 3\)"):
         opt.load_state_tensors({**good, "a.exp_avg": torch.zeros(3, 4)}, {})
     with pytest.raises(BadInput, match=r"a\.exp_avg is torch\.bfloat16"):

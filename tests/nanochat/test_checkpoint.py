@@ -46,7 +46,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_all_that_was_saved_comes_back_and_nothing_is_pickled(tmp_path: Path) -> None:
-    state = {"min_val_bpb": math.inf, "loader": {"epoch": 1, "buffer": [3, 1]}, "note": "ü"}
+    state = {"min_val_bpb": None, "loader": {"epoch": 1, "buffer": [3, 1]}, "note": "ü"}
     moments = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "adamw.steps": torch.tensor(100)}
     path = save(tmp_path / "base_checkpoints" / "d2", 100, model(0.5), moments, state, keep=1)
     assert path == tmp_path / "base_checkpoints" / "d2" / "step_000100"
@@ -63,9 +63,10 @@ def test_all_that_was_saved_comes_back_and_nothing_is_pickled(tmp_path: Path) ->
         optimizer["b.exp_avg"]
 
 
-def test_state_that_json_cannot_hold_fails_before_the_disk_is_touched(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        save(tmp_path / "run", 1, {}, {}, {"x": torch.ones(1)}, keep=1)
+@pytest.mark.parametrize("value", [torch.ones(1), math.inf, math.nan])
+def test_state_that_json_cannot_hold_fails_before_the_disk_is_touched(value: object, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        save(tmp_path / "run", 1, {}, {}, {"x": value}, keep=1)
     assert not (tmp_path / "run").exists()
 
 

@@ -77,9 +77,7 @@ class Disk:
         return int(self.file.fileno())
 
 
-def test_a_disk_that_fills_at_any_byte_leaves_the_older_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_at_any_byte_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older = put(tmp_path, 1)
     failures, room = 0, 0
     while True:
@@ -157,10 +155,7 @@ run(main)
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     mount = 'mount -t tmpfs -o size=1m none "$0"'
     in_namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*in_namespace, mount, str(tmp_path)], capture_output=True).returncode
-    ):
+    if shutil.which("unshare") is None or subprocess.run([*in_namespace, mount, str(tmp_path)], capture_output=True).returncode:
         pytest.skip("this user may not mount a small file system")
     command = [
         *in_namespace,
@@ -183,15 +178,18 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def save_as_ranks(directory: Path, step: int, moments: list[dict[str, Tensor]], **arguments: Any) -> list[Any]:
     """Save from one thread a rank; return what each rank's call returned or raised."""
     world = len(moments)
-    barrier, flags = threading.Barrier(world, timeout=30), [False] * world
+    barrier, failures = threading.Barrier(world, timeout=30), [None] * world
 
     def rank_saves(rank: int) -> object:
-        def any_rank(flag: bool) -> bool:
-            flags[rank] = flag
+        def agree(failure: Any) -> None:
+            failures[rank] = failure
             barrier.wait()
-            result = any(flags)
+            first = next((r for r, met in enumerate(failures) if met), None)
             barrier.wait()
-            return result
+            if first == rank:
+                raise failure
+            if first is not None:
+                sys.exit(2)
 
         weights = model(float(step)) if rank == 0 else {}
         try:
@@ -204,9 +202,9 @@ def save_as_ranks(directory: Path, step: int, moments: list[dict[str, Tensor]], 
                 keep=1,
                 rank=rank,
                 world=world,
-                any_rank=any_rank,
+                agree=agree,
             )
-        except BadInput as error:
+        except (BadInput, SystemExit) as error:
             return error
 
     with ThreadPoolExecutor(world) as pool:
@@ -214,9 +212,7 @@ def save_as_ranks(directory: Path, step: int, moments: list[dict[str, Tensor]], 
 
 
 def test_ranks_write_their_shards_and_any_number_of_ranks_reads_them(tmp_path: Path) -> None:
-    moments = [
-        {f"h.{rank}.exp_avg": torch.full((2,), float(rank)), "adamw.steps": torch.tensor(3)} for rank in range(3)
-    ]
+    moments = [{f"h.{rank}.exp_avg": torch.full((2,), float(rank)), "adamw.steps": torch.tensor(3)} for rank in range(3)]
     results = save_as_ranks(tmp_path, 3, moments)
     assert results == [tmp_path / "step_000003"] * 3
     assert names(results[0]) == [
@@ -288,7 +284,7 @@ def test_one_rank_out_of_space_fails_all_and_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(durable, "write", fails_on_rank_1)
     first, second = save_as_ranks(tmp_path, 2, [{}, {}])
-    assert isinstance(first, BadInput) and "another rank failed" in str(first)
+    assert isinstance(first, SystemExit) and first.code == 2
     assert isinstance(second, BadInput) and "the disk is full" in str(second)
     assert names(tmp_path) == ["step_000001"]
     assert value_of(find(tmp_path)) == 1.0
@@ -376,9 +372,7 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "rename", record_rename)
     put(tmp_path, 2, keep=1)
     tmp = "flush step_000002.tmp"
-    assert sorted(events[:3]) == [
-        f"{tmp}/{name}" for name in ("model.safetensors", "optim_rank0.safetensors", "state.json")
-    ]
+    assert sorted(events[:3]) == [f"{tmp}/{name}" for name in ("model.safetensors", "optim_rank0.safetensors", "state.json")]
     assert events[3:] == [
         f"{tmp}/manifest.json",
         tmp,

@@ -41,9 +41,7 @@ def take(loader: BatchLoader, count: int) -> torch.Tensor:
 
 def plain_rows(lengths: list[int], capacity: int, seed: int, count: int) -> list[list[tuple[int, int]]]:
     """The rule as it is told, on a list in the order of arrival: `max` and `min` take the first among equals."""
-    stream = (
-        int(i) for epoch in range(1, 10**6) for i in np.random.default_rng((seed, epoch)).permutation(len(lengths))
-    )
+    stream = (int(i) for epoch in range(1, 10**6) for i in np.random.default_rng((seed, epoch)).permutation(len(lengths)))
     waiting: list[int] = []
     rows = []
     for _ in range(count):

@@ -212,9 +212,7 @@ BAD: list[tuple[str, Callable[[], bytes], list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "make", "fragments"), BAD)
-def test_bad_files_end_with_one_line(
-    tmp_path: Path, name: str, make: Callable[[], bytes], fragments: list[str]
-) -> None:
+def test_bad_files_end_with_one_line(tmp_path: Path, name: str, make: Callable[[], bytes], fragments: list[str]) -> None:
     (tmp_path / name).write_bytes(make())
     with pytest.raises(BadInput) as caught:
         both(resolve(str(tmp_path / name)))

@@ -1,14 +1,22 @@
 """What only a GPU can show of the whole model: nanochat's logits in bf16, backends that agree, memory that is bounded."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from safetensors.torch import load_file
 
+from nanochat import optimizer
 from nanochat.build import build_model
+from nanochat.dataset import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interchange import import_model
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Run, train
+from nanochat.train_config import TrainConfig
 from nvfp8.precision import bf16, fp32
 
 pytestmark = pytest.mark.gpu
@@ -53,3 +61,36 @@ def test_a_micro_batch_keeps_what_the_layers_say() -> None:
     channels = 8 * 1024 * config.n_embd
     # Two layers more: one has a value embedding. 1/rms, log-sum-exp and gates are the few per cent above 20.
     assert (kept(8) - kept(6)) / 2 / channels < 20.6
+
+
+def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning rate, momentum and weight decay change every step; evaluation, samples and a checkpoint come in between.
+
+    A graph that is compiled anew raises; one compiled for the first time, or a break, is counted.
+    """
+    texts = [f"the loss of step {i} is {i * i}" for i in range(200)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Tokenizer.train(texts, 290).save(base_dir() / "tokenizer")
+    counters, real = dynamo.utils.counters, Run._step
+    graphs: list[int] = []
+
+    def step(self: Run) -> None:
+        with dynamo.config.patch(error_on_recompile=self.progress.step >= 2):
+            real(self)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(Run, "_step", step)
+    # As in a process that has just begun: what other tests compiled would hide what is compiled here, or make it "again".
+    dynamo.reset()
+    optimizer.compiled.cache_clear()
+    counters.clear()
+    train(
+        TrainConfig(
+            data=str(tmp_path / "texts.jsonl"), depth=4, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=4,
+            total_batch_size=256, num_iterations=8, warmup_steps=3, eval_every=3, sample_every=4, save_every=5,
+            core_metric_every=-1, model_tag="compiled",
+        )
+    )  # fmt: skip
+    assert len(graphs) == 8 and graphs[1] > 0
+    assert graphs[1:] == [graphs[1]] * 7
+    assert counters["graph_break"] == Counter()

@@ -32,8 +32,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
-        (left[name].dtype, left[name].shape, bits(left[name]))
-        == (right[name].dtype, right[name].shape, bits(right[name]))
+        (left[name].dtype, left[name].shape, bits(left[name])) == (right[name].dtype, right[name].shape, bits(right[name]))
         for name in left
     )
 

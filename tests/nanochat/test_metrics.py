@@ -219,9 +219,7 @@ def test_a_terminal_gets_a_live_bar_and_is_given_back(tmp_path: Path) -> None:
     )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=theirs, stderr=theirs, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     screen = b""
     while True:

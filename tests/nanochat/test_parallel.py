@@ -4,9 +4,6 @@ The processes run this file as a script (see the end), as torchrun would start i
 """
 
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from nanochat.errors import BadInput
 from nanochat.muon import Muon
 from nanochat.param_groups import owned, ownership
 
-ROOT = Path(__file__).parents[2]
 MATRICES = {"q": (8, 8), "k": (8, 8), "fc": (16, 8), "proj": (8, 16), "gate": (4, 4)}
 TABLES = {"wte": (10, 8), "ve": (10, 4), "lambda": (1,)}
 STEPS = 3
@@ -45,9 +41,7 @@ def share(params: dict[str, torch.nn.Parameter], names: dict[str, Any]) -> dict[
 def gradients(step: int, rank: int, params: dict[str, torch.nn.Parameter]) -> dict[str, Tensor | None]:
     """What `rank` of two finds at `step`; neither finds any for "k" at step 1, only rank 1 for "lambda"."""
     generator = torch.Generator().manual_seed(100 * step + rank)
-    made: dict[str, Tensor | None] = {
-        name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in params.items()
-    }
+    made: dict[str, Tensor | None] = {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in params.items()}
     if step == 1:
         made["k"] = None
     if rank == 0:
@@ -79,25 +73,8 @@ def train(params: dict[str, torch.nn.Parameter], made: list[dict[str, Any]], ran
     return norms
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def test_two_processes_give_one_processs_updates(tmp_path: Path) -> None:
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
+def test_two_processes_give_one_processs_updates(two_ranks: Any, tmp_path: Path) -> None:
+    for process in two_ranks(__file__, str(tmp_path)):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     params, made = build()
@@ -126,20 +103,24 @@ def test_one_process_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     p = torch.nn.Parameter(torch.ones(2))
     parallel.reduce_gradients({"p": p}, {"p": 0})
     parallel.broadcast_parameters({"p": p}, {"p": 0})
-    parallel.barrier()
     parallel.shutdown()
     assert p.grad is None
-    assert parallel.mean(0.1) == 0.1
     assert parallel.any_rank(True) is True
     assert parallel.any_rank(False) is False
     assert parallel.total(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert parallel.from_rank_0("text") == "text"
+    assert parallel.from_rank_0(lambda: "text") == "text"
+
+
+def test_one_process_raises_its_own_failure() -> None:
+    with pytest.raises(BadInput, match="mine"), parallel.together():
+        raise BadInput("mine")
+    with pytest.raises(KeyError):
+        parallel.agree(KeyError("mine"), flag=True)
+    assert parallel.agree(None, flag=True)
 
 
 def check(grads: dict[str, Tensor | None]) -> parallel.GradientCheck:
-    params = {
-        name: torch.nn.Parameter(torch.zeros(3, dtype=g.dtype if g is not None else None)) for name, g in grads.items()
-    }
+    params = {name: torch.nn.Parameter(torch.zeros(3, dtype=g.dtype if g is not None else None)) for name, g in grads.items()}
     for name, g in grads.items():
         params[name].grad = g
     return parallel.check_gradients(params, dict.fromkeys(params, 0), torch.tensor(2.5, dtype=torch.bfloat16))
@@ -213,13 +194,20 @@ def worker(out: Path) -> None:
     parallel.reduce_gradients(params, owner)
     assert (bad.grad is not None) == (owner["q"] == world.rank)
     assert parallel.check_gradients(params, owner, torch.tensor(0.0)).bad == "q"
-    assert parallel.from_rank_0("first" if world.rank == 0 else None) == "first"
-    assert parallel.mean(float(world.rank)) == 0.5
+    assert parallel.from_rank_0(lambda: f"found by {world.rank}") == "found by 0"
+    assert parallel.agree(None, flag=world.rank == 1)
+    for ranks, failure in (([1], BadInput("mine")), ([0, 1], BadInput("ours")), ([0], KeyError("a bug"))):
+        try:
+            parallel.agree(failure if world.rank in ranks else None)
+            raise AssertionError("nobody goes on")
+        except (BadInput, KeyError) as error:
+            assert error is failure and world.rank == ranks[0]  # one speaks
+        except SystemExit as exit_:
+            assert exit_.code == (2 if isinstance(failure, BadInput) else 1) and world.rank != ranks[0]
     assert parallel.any_rank(world.rank == 1)
     assert not parallel.any_rank(False)
     assert parallel.total(torch.tensor([1.0 + world.rank])).item() == 3.0
     torch.save({"norms": torch.tensor(norms), **{k: p.detach() for k, p in params.items()}}, out / f"{world.rank}.pt")
-    parallel.barrier()
     parallel.shutdown()
 
 

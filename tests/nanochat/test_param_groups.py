@@ -38,9 +38,7 @@ def table(**kwargs: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_the_table_of_values() -> None:
-    values = {
-        name: (g["kind"], g["lr"], g.get("betas"), g.get("eps"), g["weight_decay"]) for name, g in table().items()
-    }
+    values = {name: (g["kind"], g["lr"], g.get("betas"), g.get("eps"), g["weight_decay"]) for name, g in table().items()}
     assert values == {
         "lm_head": ("adamw", 0.016, (0.8, 0.96), 1e-10, 0.01),
         "wte": ("adamw", 0.6, (0.8, 0.995), 1e-10, 0.001),

@@ -12,9 +12,7 @@ from nanochat.metrics import Metrics, StepRecord
 from nanochat.report import draw, smooth
 
 
-def record(
-    directory: Path, losses: list[float], *, on_gpu: bool = True, evaluations: dict[int, float] | None = None
-) -> None:
+def record(directory: Path, losses: list[float], *, on_gpu: bool = True, evaluations: dict[int, float] | None = None) -> None:
     sink = Metrics(directory, len(losses), {"unigram_bits_per_byte": 2.75}, console=False)
     for step, loss in enumerate(losses):
         mfu, memory = (0.4, 20.0 + step) if on_gpu else (None, None)

@@ -38,9 +38,7 @@ def tokenizer() -> Tokenizer:
 
 def plain_split(text: str) -> list[str]:
     """The split pattern on ASCII, where `re` can say what a letter and a number are."""
-    pattern = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]", "[^\r\na-zA-Z0-9]").replace(
-        r"[^\s\p{L}\p{N}]", r"[^\sa-zA-Z0-9]"
-    )
+    pattern = SPLIT_PATTERN.replace(r"[^\r\n\p{L}\p{N}]", "[^\r\na-zA-Z0-9]").replace(r"[^\s\p{L}\p{N}]", r"[^\sa-zA-Z0-9]")
     return re.findall(pattern.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]"), text)
 
 

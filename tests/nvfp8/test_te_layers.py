@@ -15,9 +15,16 @@ from nvfp8.recipe import RECIPES, recipe
 WIDTH, HIDDEN, TOKENS = 256, 1024, 512
 needs_engine = [pytest.mark.gpu, pytest.mark.skipif(te.unavailable() is not None, reason=str(te.unavailable()))]
 
-# Signal to noise of a product of two tensors, each with the relative rounding error of its format: about 31 dB for E4M3 in
-# blocks or with the right scale, 25 dB where E5M2 enters, 17 dB for E2M1. Several products in a row lose some of it.
-LEAST_DB = {"delayed": 19.0, "current": 19.0, "e4m3": 22.0, "blockwise": 22.0, "mxfp8": 22.0, "nvfp4": 9.0}
+# A tensor rounded to a format has this signal-to-noise ratio; a gradient here has seen up to 13 roundings: 9 of activations and
+# weights, 4 of gradients. Their noise adds up: E4M3 alone 20 dB, with E5M2 gradients 17.5 dB, E2M1 in blocks of 16 8 dB.
+_ROUNDING_DB = {"e4m3": 31.5, "e5m2": 25.5, "e2m1": 19.5}
+
+
+def least_db(name: str) -> float:
+    """The least ratio that a gradient must keep, from what its recipe rounds to."""
+    forward, backward = RECIPES[name].fprop.left.format, RECIPES[name].dgrad.left.format
+    noise = 9 * 10 ** (-_ROUNDING_DB[forward] / 10) + 4 * 10 ** (-_ROUNDING_DB[backward] / 10)
+    return -10 * math.log10(noise)
 
 
 def block(precision: Precision, device: str = "cpu") -> nn.ModuleDict:
@@ -53,7 +60,9 @@ def run(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
 
 
 def gradients(made: nn.ModuleDict, given: list[Tensor]) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in made.named_parameters()} | dict(zip(("x", "x0", "lambdas"), (t.grad for t in given), strict=False))
+    found = {name: p.grad for name, p in made.named_parameters()} | dict(
+        zip(("x", "x0", "lambdas"), (t.grad for t in given), strict=False)
+    )
     return {name: grad for name, grad in found.items() if grad is not None}
 
 
@@ -77,7 +86,7 @@ def available(name: str) -> None:
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
 @pytest.mark.parametrize("layers", ["fused", "separate"])
-@pytest.mark.parametrize("name", LEAST_DB)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "rowwise"])
 @pytest.mark.usefixtures("fresh_engine")
 class TestRecipes:
     pytestmark = needs_engine
@@ -95,8 +104,11 @@ class TestRecipes:
             loss.backward()
         found = gradients(made, given)
         assert found.keys() == exact.keys()
-        report = {key: decibels(found[key], exact[key]) for key in exact}
-        assert all(value > LEAST_DB[name] - (6 if key == "lambdas" else 0) for key, value in report.items()), report
+        report = {key: round(decibels(found[key], exact[key]), 1) for key in exact}
+        print(name, layers, weights, report)
+        # Two numbers, each a sum with much cancellation, are noisier than a tensor.
+        low = {key: value for key, value in report.items() if value < least_db(name) - (6 if key == "lambdas" else 0)}
+        assert not low, f"{low} of {report}, at least {least_db(name):.1f}"
 
 
 @pytest.mark.usefixtures("fresh_engine")

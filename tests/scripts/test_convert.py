@@ -118,8 +118,6 @@ def test_a_checkpoint_of_something_else_is_not_exported(tmp_path: Path, convert:
 
 
 def test_it_runs_as_a_module() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "scripts.convert", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-m", "scripts.convert", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0
     assert "python -m scripts.convert" in ended.stdout

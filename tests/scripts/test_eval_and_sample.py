@@ -3,10 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from nanochat import errors
+from nanochat.dataloader import BatchLoader
 from nanochat.dataset import base_dir
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
@@ -25,8 +28,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Tokenizer.train(texts, 290).save(base_dir() / "tokenizer")
         train(
             TrainConfig(
-                data=str(base / "texts.jsonl"), depth=1, aspect_ratio=32, head_dim=16, max_seq_len=16, device_batch_size=2,
-                total_batch_size=32, num_iterations=3, eval_every=-1, core_metric_every=-1, model_tag="tiny", device_type="cpu",
+                data=str(base / "texts.jsonl"),
+                depth=1,
+                aspect_ratio=32,
+                head_dim=16,
+                max_seq_len=16,
+                device_batch_size=2,
+                total_batch_size=32,
+                num_iterations=3,
+                eval_every=-1,
+                core_metric_every=-1,
+                model_tag="tiny",
+                device_type="cpu",
             )
         )
     return base
@@ -48,6 +61,52 @@ def test_evaluation_prints_both_splits_and_samples(
     out = capsys.readouterr().out
     for fragment in ("train: ", "val: ", "bits per byte", "token frequencies alone", "sample: "):
         assert fragment in out
+
+
+SEARCHED_BY_RANK_0 = """
+import os, sys
+from nanochat import checkpoint, errors
+from scripts import base_eval
+if os.environ["RANK"] == "1":
+    checkpoint.find = None
+errors.run(base_eval.main)
+"""
+
+
+def test_two_ranks_find_what_one_finds_and_rank_0_alone_reads_the_checkpoint_through(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], two_ranks: Any
+) -> None:
+    """The same rows: 2 x 2 a step. Over NCCL where there are two GPUs."""
+    device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    arguments = ["--model-tag", "tiny", "--data", str(trained / "texts.jsonl"), "--device-type", device, "--device-batch-size"]
+    assert call(base_eval.main, monkeypatch, trained, *arguments, "4") == 0
+    alone = capsys.readouterr().out
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(trained))
+    first, second = (process.communicate(timeout=60) for process in two_ranks("-c", SEARCHED_BY_RANK_0, *arguments, "2"))
+    assert first == (alone, "") and second == ("", "")
+    ranks = two_ranks("-c", SEARCHED_BY_RANK_0, *arguments, "2", "--step", "9")
+    first, second = (process.communicate(timeout=60) for process in ranks)
+    assert "has no checkpoint of step 9; it has 3" in first[1] and first[1].count("\n") == 1 and second == ("", "")
+    assert [process.returncode for process in ranks] == [2, 2]
+
+
+def test_the_loader_is_closed_when_evaluation_fails(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise errors.BadInput("no more")
+
+    def close(loader: BatchLoader) -> None:
+        closed.append(loader)
+        real(loader)
+
+    closed: list[BatchLoader] = []
+    real = BatchLoader.close
+    monkeypatch.setattr(base_eval, "bits_per_byte", fail)
+    monkeypatch.setattr(BatchLoader, "close", close)
+    arguments = ["--model-tag", "tiny", "--data", str(trained / "texts.jsonl"), "--device-type", "cpu"]
+    assert call(base_eval.main, monkeypatch, trained, *arguments) == 2
+    assert capsys.readouterr().err == "error: no more\n" and len(closed) == 1
 
 
 def test_sampling_continues_the_prompt_and_is_seeded(
