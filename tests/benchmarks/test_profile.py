@@ -29,7 +29,7 @@ from benchmarks.profile import OURS, family, table
         ("void at::native::unrolled_elementwise_kernel<at::native::bfloat16_copy_kernel_cuda(...)::{lambda}>", "casts and copies"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<...>(...)", "casts and copies"),
         ("Memcpy DtoD (Device -> Device)", "casts and copies"),
-        ("void transformer_engine::cast_transpose_general_kernel<float, __nv_fp8_e4m3>(...)", "casts and copies"),
+        ("void transformer_engine::cast_transpose_general_kernel<float, __nv_fp8_e4m3>(...)", "Transformer Engine"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)", "additions (gradients)"),
         ("void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(...)", "other"),
         ("triton_poi_fused_add_0", "other"),
