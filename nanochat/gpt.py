@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanochat.generate import KVCache
 from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
+from nvfp8.embedding import TokenOrder, embedding, token_order
 from nvfp8.precision import Precision
 
 ROTARY_BASE = 100_000
@@ -110,7 +111,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
-        table: Tensor | None, backend: str, cache: KVCache | None, layer: int,
+        table: Tensor | None, order: TokenOrder | None, backend: str, cache: KVCache | None, layer: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Attend and add to the stream.
 
@@ -121,6 +122,7 @@ class Attention(nn.Module):
             rotary: cos and sin, (T, E/2) each.
             ids: (B, T) token ids, rows of the value embedding.
             table: (V, K·E) value embedding, None where the layer has none.
+            order: of ids, shared by all tables' gradients; None where no gradient will be asked for.
             backend: attention backend where there is no cache.
             cache: earlier keys and values, None in training.
             layer: index of the block, for the cache.
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         """
         stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
         gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
-        q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids)
+        q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids, order)
         if cache is None:
             out = causal_attention(q, k, v, self.window, backend)
         else:
@@ -281,14 +283,15 @@ class GPT(nn.Module):
         rotary = self.cos[start:end], self.sin[start:end]
         # A cache attends by itself, over lengths that a backend may refuse.
         backend = self._attention_backend(ids.shape[1]) if cache is None else ""
-        embedded = self.ln_embed(self.wte(ids))
+        order = token_order(ids, self.config.padded_vocab) if torch.is_grad_enabled() else None
+        embedded = self.ln_embed(embedding(self.wte.weight, ids, order))
         x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()
         middle = x  # replaced by the stream after the middle block
         for layer, block in enumerate(self.blocks):
             name = str(layer)
             table = cast(nn.Embedding, self.value_embeds[name]).weight if name in self.value_embeds else None
-            x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, backend, cache, layer)
+            x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, order, backend, cache, layer)
             x = block.mlp(x)
             if layer == self.config.n_layer // 2:
                 middle = x

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import cudnn_attention
+from nvfp8.embedding import TokenOrder, add_rows_to_gradient, token_order
 from nvfp8.hardware import missing
 from nvfp8.ops import ops
 
@@ -35,27 +36,28 @@ class _ProjectHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
-        gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
+        gate: Tensor | None, table: Tensor | None, ids: Tensor | None, order: TokenOrder | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
-        ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)
+        ctx.save_for_backward(q, k, rstd, cos, sin, gate, ids)
+        ctx.table, ctx.order = table, order
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
+        q, k, rstd, cos, sin, gate, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        d_qkv, d_gate, d_rows = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
-        d_table = None
-        if d_rows is not None:
-            d_table = torch.ops.aten.embedding_dense_backward(d_rows, ids, table.shape[0], -1, False)
-        return d_qkv, None, None, None, d_gate, d_table, None
+        d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, ctx.table, ids)
+        if ctx.table is not None and ctx.table.requires_grad:
+            add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids, len(ctx.table)))
+        return d_qkv, None, None, None, d_gate, None, None, None
 
 
 def project_heads(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
+    order: TokenOrder | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rotary, QK norm (× 1.2) and value embedding; keeps q, k (which attention keeps anyway) and 1/rms for backward.
 
     Args:
@@ -64,15 +66,16 @@ def project_heads(
         sin: (T, E/2).
         heads: (H, K).
         gate: (B, T, K) factor of the value embedding, or None.
-        table: (V, K·E) value embedding, or None.
+        table: (V, K·E) value embedding, a Parameter, or None; its gradient goes straight into `.grad` (`nvfp8.embedding`).
         ids: (B, T) int64, or None.
+        order: of ids, where several tables share it; None sorts them in backward.
 
     Returns:
         q (B, T, H, E), k and v (B, T, K, E), contiguous, qkv's dtype.
     """
     # Kernels address these by token alone; `tokens[:, :-1]` and the like have other strides.
-    gate, table, ids = (None if t is None else t.contiguous() for t in (gate, table, ids))
-    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids)
+    gate, ids = (None if t is None else t.contiguous() for t in (gate, ids))
+    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids, order)
 
 
 @cache

@@ -189,7 +189,7 @@ def heads_forward(
 def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradient of `heads_forward` from its own outputs: q/1.2 is x̂, so the raw projections need not be kept.
 
     Args:
@@ -206,7 +206,7 @@ def heads_backward(
         ids: as in the forward.
 
     Returns:
-        d_qkv (B, T, (H + 2K)·E), d_gate (B, T, K) or None, and the gradient of table[ids] (B, T, K·E) or None.
+        d_qkv (B, T, (H + 2K)·E), and d_gate (B, T, K) or None. The gradient of table[ids] is gate · dv: `add_rows_` forms it.
     """
     dtype = dq.dtype
     normed = torch.cat((_wide(q), _wide(k)), 2) / QK_SCALE
@@ -216,16 +216,34 @@ def heads_backward(
     wide_dv = _wide(dv)
     d_qkv = torch.cat((d_q_k, wide_dv), 2).flatten(2).to(dtype)
     if gate is None or table is None or ids is None:
-        return d_qkv, None, None
+        return d_qkv, None
     d_gate = (wide_dv * _wide(table[ids]).view_as(wide_dv)).sum(-1).to(gate.dtype)
-    d_rows = (wide_dv * _wide(gate)[..., None]).flatten(2).to(table.dtype)
-    return d_qkv, d_gate, d_rows
+    return d_qkv, d_gate
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = _wide(cos)[:, None], _wide(sin)[:, None]  # (T, 1, E/2): one rotation for all heads
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
+def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor, starts: Tensor) -> None:
+    """Add to a lookup table's gradient, in place: grad[id] += Σ gate·rows over the positions where the id stands.
+
+    Args:
+        grad: (V, W), any float; sums are fp32, each row that occurs is rounded once.
+        rows: (..., W) with N rows.
+        gate: (..., K), factor of W/K channels each, or None.
+        positions: (N,) int64, positions sorted by id.
+        starts: (V + 1,) int64, where each id's run begins in `positions`.
+    """
+    width = grad.shape[1]
+    values = _wide(rows)
+    if gate is not None:
+        values = values.view(*gate.shape, -1) * _wide(gate)[..., None]
+    values = values.reshape(-1, width)[positions]
+    ids = torch.repeat_interleave(torch.arange(grad.shape[0], device=grad.device), starts.diff())
+    grad.copy_(_wide(grad) + torch.zeros(grad.shape, dtype=values.dtype, device=grad.device).index_add_(0, ids, values))
 
 
 def relu_squared_(hidden: Tensor) -> Tensor:

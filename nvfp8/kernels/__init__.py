@@ -1,6 +1,7 @@
 """Triton kernels, one file a family; no autograd here. Names and arguments are those of the twins in `nvfp8.reference`."""
 
 from nvfp8.kernels.cross_entropy import softcap_cross_entropy_
+from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.norm import (
     mix_backward,
@@ -13,6 +14,7 @@ from nvfp8.kernels.norm import (
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
 
 __all__ = [
+    "add_rows_",
     "heads_backward",
     "heads_forward",
     "mix_backward",

@@ -2,8 +2,8 @@
 
 A program takes a tile of tokens and one head. The two halves of a head are two tiles, so the rotation is arithmetic between
 registers and the norm a reduction over one axis. v-heads are copied, with gate · table[id] added where the layer has a value
-embedding: the table's row is gathered here and never stands as a tensor. Backward starts from q and k as attention kept
-them: q/1.2 is x̂, and rotating back is rotating by the negative angle.
+embedding: the table's row is gathered here and never stands as a tensor, nor does its gradient (`embedding.py` forms it).
+Backward starts from q and k as attention kept them: q/1.2 is x̂, and rotating back is rotating by the negative angle.
 """
 
 import torch
@@ -57,7 +57,7 @@ def _heads_forward(
 
 @triton.jit
 def _heads_backward(
-    DQ, DK, DV, Q, K, RSTD, COS, SIN, GATE, TABLE, IDS, D_QKV, D_GATE, D_ROWS, N, T,
+    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_QKV, D_GATE, N, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -93,15 +93,11 @@ def _heads_backward(
         raw_a = tl.load(gradient, mask, 0.0).to(tl.float32)
         raw_b = tl.load(gradient + E // 2, mask, 0.0).to(tl.float32)
         if VALUES:
-            gate = tl.load(GATE + token * G + kv, token < N, 0.0).to(tl.float32)[:, None]
             row = TABLE + tl.load(IDS + token, token < N, 0)[:, None] * (G * E) + kv * E + column
             va = tl.load(row, mask, 0.0).to(tl.float32)
             vb = tl.load(row + E // 2, mask, 0.0).to(tl.float32)
             d_gate = tl.sum(raw_a * va, 1) + tl.sum(raw_b * vb, 1)
             tl.store(D_GATE + token * G + kv, d_gate.to(D_GATE.dtype.element_ty), token < N)
-            d_row = D_ROWS + (token[:, None] * G + kv) * E + column
-            tl.store(d_row, (raw_a * gate).to(D_ROWS.dtype.element_ty), mask)
-            tl.store(d_row + E // 2, (raw_b * gate).to(D_ROWS.dtype.element_ty), mask)
     target = D_QKV + token[:, None] * ((H + 2 * G) * E) + head * E + column
     tl.store(target, raw_a.to(D_QKV.dtype.element_ty), mask)
     tl.store(target + E // 2, raw_b.to(D_QKV.dtype.element_ty), mask)
@@ -129,19 +125,16 @@ def heads_forward(
 def heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See `nvfp8.reference.heads_backward`."""
     batch, length, n_head, size = q.shape
     n_kv = k.shape[2]
     d_qkv = torch.empty(batch, length, (n_head + 2 * n_kv) * size, dtype=q.dtype, device=q.device)
-    d_gate = d_rows = None
-    if gate is not None and table is not None:
-        d_gate = torch.empty_like(gate)
-        d_rows = torch.empty(batch, length, n_kv * size, dtype=table.dtype, device=q.device)
+    d_gate = None if gate is None else torch.empty_like(gate)
     tokens = batch * length
     _heads_backward[n_head + 2 * n_kv, triton.cdiv(tokens, TOKENS)](
-        dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids, d_qkv, d_gate, d_rows, tokens, length,
+        dq, dk, dv, q, k, rstd, cos, sin, table, ids, d_qkv, d_gate, tokens, length,
         H=n_head, G=n_kv, E=size, VALUES=gate is not None, SCALE=QK_SCALE,
         TOKENS=TOKENS, HALF=triton.next_power_of_2(size // 2),
     )  # fmt: skip
-    return d_qkv, d_gate, d_rows
+    return d_qkv, d_gate

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import reference
+from nvfp8.embedding import token_order
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -121,6 +122,31 @@ def test_heads(heads: tuple[int, int], size: int, values: bool, dtype: torch.dty
     dq, dk, dv = (torch.randn_like(x) for x in twin[:3])
     arguments = (dq, dk, dv, twin[0], twin[1], twin[3], cos, sin, gate, table, ids)
     compare(kernels.heads_backward(*arguments), reference.heads_backward(*arguments), reference.heads_backward(*double(*arguments)))
+
+
+@pytest.mark.parametrize(("rows", "width", "heads"), [(7, 48, 3), (40, 600, 2), (300, 16, 1)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_add_rows(rows: int, width: int, heads: int, gated: bool, dtype: torch.dtype) -> None:
+    ids = torch.randint(rows, (3, 50), device=DEVICE) // 2  # some occur often, half of them never
+    ids[0, 0] = rows - 1
+    grad, values = random(rows, width, dtype=dtype, seed=1), random(3, 50, width, dtype=dtype, seed=2)
+    gate = random(3, 50, heads, dtype=dtype, seed=3) if gated else None
+    order = token_order(ids, rows)
+    results = []
+    for function, given in (
+        (kernels.add_rows_, grad.clone()),
+        (reference.add_rows_, grad.clone()),
+        (reference.add_rows_, grad.double()),
+    ):
+        exact = given.dtype == torch.float64
+        function(given, values.double() if exact else values, gate.double() if exact and gated else gate, *order)
+        results.append(given)
+    compare(*((result,) for result in results))
+    untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE).index_fill(0, ids.flatten(), False)
+    assert torch.equal(results[0][untouched], grad[untouched])
+    weights = values if gate is None else (values.unflatten(-1, (heads, -1)) * gate[..., None]).flatten(-2)
+    plain = grad.double().index_add(0, ids.flatten(), weights.double().flatten(0, 1))
+    assert error(results[2], plain) < 1e-2 if dtype == torch.bfloat16 else error(results[2], plain) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5000), (2, 4096)])
