@@ -142,7 +142,12 @@ def load_model(
     directory = base_dir() / "base_checkpoints" / tag
     directory = directory if directory.is_dir() or not Path(tag).is_dir() else Path(tag)
     saved = Checkpoint(Path(parallel.from_rank_0(lambda: str(checkpoint.find(directory, step).path))))  # read whole, once
-    model = build_model(config_of(saved), choose_precision(precision, device.type)[0], device, attention)
+    options = None
+    if saved.state.get("train_config", {}).get("norm_weight", False):
+        if precision not in ("auto", "te"):
+            raise BadInput(f"{saved.path} was trained with --norm-weight, which only --precision te computes")
+        precision, options = "te", EngineOptions(norm_weight=True)
+    model = build_model(config_of(saved), choose_precision(precision, device.type, options)[0], device, attention)
     load_weights(model, saved)
     return model, saved
 

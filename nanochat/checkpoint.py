@@ -4,6 +4,7 @@ A checkpoint is a directory:
 
     <base>/base_checkpoints/<tag>/step_000100/
         model.safetensors            the model's state_dict, written by rank 0
+        scaling.safetensors          what FP8 layers remember of magnitudes, where there are any; never among the weights
         optim_rank{r}.safetensors    optimizer state of the parameters that rank r owns, one name a tensor
         state.json                   everything else: config, data position, schedule, random state, environment
         manifest.json                size and sha256 of the others; written last
@@ -103,6 +104,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     *,
+    scaling: Mapping[str, Tensor] = {},
     keep: int,
     rank: int = 0,
     world: int = 1,
@@ -116,6 +118,7 @@ def save(
         model: the state_dict, any shapes and dtypes, on any device; only rank 0's is written.
         optimizer: this rank's optimizer state, names unique across ranks (or equal where repeated).
         state: what JSON can hold; only rank 0's is written.
+        scaling: scaling state of FP8 layers, equal on all ranks; only rank 0's is written.
         keep: how many checkpoints stay: this one and the newest before it; later steps (another run's) stay too.
         rank: this process.
         world: number of processes.
@@ -162,6 +165,8 @@ def save(
         wrote = {name: durable.write(tmp / name, durable.safetensors(optimizer))}
         if rank == 0:
             wrote["model.safetensors"] = durable.write(tmp / "model.safetensors", durable.safetensors(model))
+            if scaling:
+                wrote["scaling.safetensors"] = durable.write(tmp / "scaling.safetensors", durable.safetensors(scaling))
             wrote["state.json"] = durable.write(tmp / "state.json", [state_json])
         (tmp / f"wrote_rank{rank}.json").write_bytes(_json(wrote))
 
@@ -246,6 +251,11 @@ class Checkpoint:
         """Return the model's state_dict on the CPU, memory-mapped."""
         return load_file(self.path / "model.safetensors")
 
+    def scaling(self) -> dict[str, Tensor]:
+        """Return the scaling state of FP8 layers on the CPU; empty where the run had none."""
+        path = self.path / "scaling.safetensors"
+        return load_file(path) if path.exists() else {}
+
     def optimizer(self) -> OptimizerState:
         """Return the optimizer state of all ranks, whatever their number was, by name."""
         world = json.loads((self.path / "manifest.json").read_bytes())["world"]
@@ -275,6 +285,7 @@ def damage(path: Path) -> str | None:
         if manifest["step"] != int(path.stem.removeprefix("step_")):
             return f"its manifest is that of step {manifest['step']}"
         names = ["model.safetensors", "state.json", *(f"optim_rank{r}.safetensors" for r in range(manifest["world"]))]
+        names += [name for name in manifest["files"] if name == "scaling.safetensors"]
         expected = {name: (int(manifest["files"][name]["bytes"]), manifest["files"][name]["sha256"]) for name in names}
     except FileNotFoundError:
         return "manifest.json is missing"

@@ -39,7 +39,7 @@ def make_plan(config: TrainConfig, model: GPT, world: int) -> Plan:
     """Plan a run of `model` on `world` ranks.
 
     Raises:
-        BadInput: nothing sets the horizon, or micro-batches do not divide the batch.
+        BadInput: nothing sets the horizon, or micro-batches do not divide the batch or suit the precision.
     """
     try:
         shape = GPTConfig.from_depth(
@@ -50,6 +50,10 @@ def make_plan(config: TrainConfig, model: GPT, world: int) -> Plan:
         raise BadInput(f"the scaling rules' reference of depth {REFERENCE_DEPTH} cannot be built: {error}") from error
     with torch.device("meta"):
         reference = _scaling_parameters(GPT(shape, model.precision))
+    tokens = config.device_batch_size * config.max_seq_len
+    refusal = model.precision.refuses(tokens)
+    if refusal is not None:
+        raise BadInput(f"--device-batch-size x --max-seq-len is {tokens:,} tokens: {refusal}")
     scaling = _scaling_parameters(model)
     batch = config.total_batch_size if config.total_batch_size != -1 else schedule.batch_tokens(scaling, reference)
     accumulation = schedule.accumulation_steps(batch, config.device_batch_size, config.max_seq_len, world)

@@ -75,7 +75,7 @@ class Run:
         self.metrics: Metrics | None = None
         self.failure: Exception | None = None
         with parallel.together():
-            precision, why = choose_precision(config.precision, world.device.type)
+            precision, why = choose_precision(config.precision, world.device.type, config.engine)
             self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
             source = resolve(config.data)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)
@@ -156,6 +156,10 @@ class Run:
         state, weights = saved.optimizer(), saved.model()
         for optimizer in self.optimizers:
             optimizer.load_state_tensors(state, weights)
+        try:
+            self.model.load_scaling_state(saved.scaling())
+        except ValueError as error:
+            raise BadInput(f"{saved.path} cannot go on with --recipe {config.recipe}: {error}") from error
         self.progress = Progress(**saved.state["progress"])
         if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
             self.progress.best_bpb = None
@@ -390,8 +394,8 @@ class Run:
             "environment": checkpoint.environment(),
         }
         path = checkpoint.save(
-            self.directory, self.progress.step, self.model.state_dict(), optimizer, state, keep=self.config.keep,
-            rank=self.world.rank, world=self.world.size,
+            self.directory, self.progress.step, self.model.state_dict(), optimizer, state,
+            scaling=self.model.scaling_state(), keep=self.config.keep, rank=self.world.rank, world=self.world.size,
         )  # fmt: skip
         self.say(f"saved {path}")
 

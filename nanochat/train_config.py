@@ -1,7 +1,9 @@
 """What a training run is told: the flags of `scripts.base_train` as frozen data, and what can be refused before any work."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from nanochat.build import EngineOptions
 from nanochat.errors import BadInput
 
 
@@ -48,6 +50,11 @@ class TrainConfig:
     fp8: bool = False
     fp8_recipe: str = "tensorwise"
     precision: str = "auto"
+    recipe: str = "auto"
+    te_layers: Literal["fused", "separate"] = "fused"
+    te_head: Literal["chunked", "te"] = "chunked"
+    te_weights: Literal["bf16", "fp8"] = "bf16"
+    norm_weight: bool = False
     attention: str = "auto"
     deterministic: bool = False
     max_bad_steps: int = 5
@@ -62,7 +69,7 @@ class TrainConfig:
             BadInput: a number out of its range, FP8, or two ways to resume at once.
         """
         if self.fp8:
-            raise BadInput("--fp8: this version has no FP8 layers yet; leave it out to train in bf16")
+            raise BadInput("--fp8: FP8 layers of our own do not exist yet; use --precision te, Transformer Engine's")
         for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
@@ -76,6 +83,11 @@ class TrainConfig:
             raise BadInput(f"--eval-tokens is {self.eval_tokens}: it must be at least 1, or --eval-every -1 for no evaluation")
         if self.resume and self.resume_from_step >= 0:
             raise BadInput("--resume takes the newest checkpoint, --resume-from-step a given one: use one of them")
+
+    @property
+    def engine(self) -> EngineOptions:
+        """What Transformer Engine is told, where it is used."""
+        return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight)
 
     @property
     def tag(self) -> str:

@@ -12,9 +12,11 @@ from dataclasses import fields
 # Before torch touches CUDA: segments that grow spare 5-10% of fragmentation.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+from nanochat.build import PRECISIONS
 from nanochat.errors import Parser, run
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
+from scripts.engine_flags import add_engine_flags
 
 
 def _parser() -> Parser:
@@ -64,19 +66,20 @@ def _parser() -> Parser:
     runtime = parser.add_argument_group("runtime")
     add(runtime, "run", str, "wandb run name; 'dummy' = no wandb")
     add(runtime, "device-type", str, "cuda or cpu; empty = cuda if there is one")
-    parser.add_argument("--fp8", action="store_true", help="FP8 layers: not in this version, an error")
+    parser.add_argument("--fp8", action="store_true", help="our own FP8 layers: not in this version, an error")
     add(runtime, "fp8-recipe", str, "with --fp8", choices=("rowwise", "tensorwise"))
 
     ours = parser.add_argument_group("beyond nanochat")
     add(ours, "data", str, "python, python+site, or a file or directory of .txt .md .py .jsonl .parquet (.gz, .zst)")
     add(ours, "tokenizer", str, "directory of tokenizer.json; empty = <base>/tokenizer")
-    add(ours, "precision", str, "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
+    add(ours, "precision", str, "auto, te, bf16 or fp32; auto takes the first that runs here", choices=PRECISIONS)
     add(ours, "attention", str, "auto, fa3, cudnn, sdpa or plain", choices=("auto", "fa3", "cudnn", "sdpa", "plain"))
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")
     parser.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU, at some cost in speed")
     add(ours, "max-bad-steps", int, "stop after this many steps in a row with a non-finite loss or gradient")
     add(ours, "seed", int, "of the initial weights and the order of the documents")
+    add_engine_flags(parser)
     return parser
 
 

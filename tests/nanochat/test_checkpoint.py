@@ -63,6 +63,18 @@ def test_all_that_was_saved_comes_back_and_nothing_is_pickled(tmp_path: Path) ->
         optimizer["b.exp_avg"]
 
 
+def test_scaling_state_lies_beside_the_weights_and_is_verified(tmp_path: Path) -> None:
+    scaling = {"h.0.mlp.scale_fwd": torch.tensor([1.0, 448.0]), "h.0.mlp.amax_history_fwd": torch.zeros(16, 2)}
+    path = save(tmp_path, 1, model(0.5), {}, {}, scaling=scaling, keep=2)
+    assert "scaling.safetensors" in names(path) and find(tmp_path).model().keys() == model(0.5).keys()
+    assert all(torch.equal(value, scaling[name]) for name, value in find(tmp_path).scaling().items())
+    put(tmp_path, 2)
+    assert find(tmp_path).scaling() == {}
+    (path / "scaling.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"scaling\.safetensors has 0 bytes"):
+        find(tmp_path, 1)
+
+
 @pytest.mark.parametrize("value", [torch.ones(1), math.inf, math.nan])
 def test_state_that_json_cannot_hold_fails_before_the_disk_is_touched(value: object, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError)):

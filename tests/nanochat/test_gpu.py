@@ -88,7 +88,7 @@ def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: 
         TrainConfig(
             data=str(tmp_path / "texts.jsonl"), depth=4, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=4,
             total_batch_size=256, num_iterations=8, warmup_steps=3, eval_every=3, sample_every=4, save_every=5,
-            core_metric_every=-1, model_tag="compiled",
+            core_metric_every=-1, model_tag="compiled", precision="bf16",
         )
     )  # fmt: skip
     assert len(graphs) == 8 and graphs[1] > 0

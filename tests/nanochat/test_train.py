@@ -50,7 +50,7 @@ def config(data: Path) -> TrainConfig:
     return TrainConfig(
         data=str(data), depth=2, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=4, total_batch_size=256,
         num_iterations=8, warmup_steps=2, matrix_lr=0.5, embedding_lr=5, eval_every=4, eval_tokens=512, core_metric_every=-1,
-        model_tag="tiny", deterministic=True,
+        model_tag="tiny", deterministic=True, precision="bf16" if torch.cuda.is_available() else "auto",
     )  # fmt: skip
 
 

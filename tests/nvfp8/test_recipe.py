@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nvfp8.hardware import FEATURES, best_recipe, missing
-from nvfp8.recipe import BF16, RECIPES, Gemm, Operand, recipe
+from nvfp8.recipe import BF16, RECIPES, Gemm, Operand, parse_recipe, recipe
 
 # Which features each compute capability has, from Transformer Engine 2.20's availability functions and, for block
 # scaling, from where cuBLAS runs it natively (10.0 and later emulate it).
@@ -90,3 +90,24 @@ def test_a_recipe_is_frozen_and_can_be_varied() -> None:
 def test_impossible_recipes(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_a_flag_names_a_recipe_and_changes_it() -> None:
+    assert parse_recipe("current") == RECIPES["current"]
+    changed = parse_recipe("delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent,interval=1")
+    assert changed == recipe("delayed", margin=1, amax_history_len=32, amax_compute_algo="most_recent")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("delayed:interval=4", "interval 4"),
+        ("delayed:margin=much", "margin takes a whole number, not 'much'"),
+        ("delayed:fprop=1", "'fprop' cannot be set; what can: margin"),
+        ("delay", "unknown recipe 'delay'"),
+        ("delayed:amax_compute_algo=mean", "choose max or most_recent"),
+    ],
+)
+def test_flags_that_name_no_recipe_are_refused(text: str, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        parse_recipe(text)

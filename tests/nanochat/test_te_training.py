@@ -1,0 +1,188 @@
+"""Training through Transformer Engine: beside bf16, resumed, moved to other precisions; and what is refused, on any machine."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanochat import build, metrics
+from nanochat.build import EngineOptions, choose_precision, load_model
+from nanochat.dataset import base_dir
+from nanochat.errors import BadInput
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.plan import make_plan
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import train
+from nanochat.train_config import TrainConfig
+from nvfp8 import te
+from nvfp8.precision import bf16
+from nvfp8.precision import te as te_precision
+from nvfp8.recipe import RECIPES
+
+needs_engine = [pytest.mark.gpu, pytest.mark.skipif(te.unavailable() is not None, reason=str(te.unavailable()))]
+SHAPE = GPTConfig(64, 512, 4, 2, 2, 64, "SL")
+
+
+# ------------------------------------------------------------------------------------------------------- on any machine
+
+
+@pytest.mark.parametrize("layers", ["fused", "separate"])
+@pytest.mark.parametrize("head", [False, True])
+def test_no_matrix_is_fp32_and_names_are_those_of_bf16(layers: str, head: bool) -> None:
+    with torch.device("meta"):
+        model, plain = GPT(SHAPE, te_precision(RECIPES["delayed"], layers=layers, te_head=head)), GPT(SHAPE, bf16())
+    wide = [name for name, p in model.named_parameters() if p.ndim == 2 and p.dtype != torch.bfloat16]
+    assert wide == []
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert model.parameter_counts() == plain.parameter_counts() and model.flop_counts() == plain.flop_counts()
+
+
+def test_learned_norm_scales_are_parameters_of_their_own_group() -> None:
+    from nanochat.param_groups import groups
+
+    with torch.device("meta"):
+        model = GPT(SHAPE, te_precision(RECIPES["delayed"], norm_weight=True))
+    found = {group["name"]: group["names"] for group in groups(model, SHAPE, weight_decay=0.1)}
+    assert len(found["norm_weights"]) == 2 + 2 * SHAPE.n_layer and "ln_f.norm_weight" in found["norm_weights"]
+
+
+def test_initial_values_are_those_of_bf16_rounded() -> None:
+    ours, plain = GPT(SHAPE, te_precision(RECIPES["delayed"], norm_weight=True)), GPT(SHAPE, bf16())
+    ours.init_weights(7), plain.init_weights(7)
+    theirs = dict(plain.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.equal(p, torch.ones_like(p) if name.endswith("norm_weight") else theirs[name].to(p.dtype)), name
+
+
+@pytest.mark.skipif(te.unavailable() is None, reason="Transformer Engine is usable here")
+def test_without_the_engine_one_line_says_what_to_do() -> None:
+    with pytest.raises(BadInput, match=r"--precision te: .*; or use --precision bf16"):
+        choose_precision("te", "cuda" if torch.cuda.is_available() else "cpu", EngineOptions())
+
+
+def test_engine_flags_need_the_engine() -> None:
+    with pytest.raises(BadInput, match="go with --precision te, not with bf16"):
+        choose_precision("bf16", "cpu", EngineOptions(recipe="current"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ("delayed:interval=2", "interval 2"),
+        ("delayed:margin=x", "takes a whole number"),
+        ("delayed:history=3", "'history' cannot be set"),
+        ("fp9", "unknown recipe 'fp9'"),
+    ],
+)
+def test_recipes_that_are_none_are_refused(recipe: str, line: str) -> None:
+    with pytest.raises(BadInput, match=line):
+        choose_precision("te", "cpu", EngineOptions(recipe=recipe))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refusal: dict[str, str]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(build.te, "unavailable", lambda: None)
+    monkeypatch.setattr(build.te, "unsupported", lambda recipe: refusal.get(recipe.name))
+
+
+@pytest.mark.parametrize(
+    ("capability", "best"),
+    [((8, 9), "delayed"), ((9, 0), "delayed"), ((10, 0), "mxfp8"), ((12, 0), "current"), ((12, 1), "current")],
+)
+def test_auto_takes_the_recipe_of_the_chip(capability: tuple[int, int], best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, capability, {})
+    precision, why = choose_precision("auto", "cuda", EngineOptions())
+    assert precision.describe()["recipe"].startswith(best + ":") and "Transformer Engine" in why
+
+
+def test_a_recipe_that_the_chip_lacks_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (12, 1), {"mxfp8": "MXFP8 (for all gemm layouts) is not supported on 12.0+ architectures yet."})
+    with pytest.raises(BadInput, match=r"--recipe mxfp8: MXFP8 .* not supported on 12\.0\+.*; use --recipe current here"):
+        choose_precision("te", "cuda", EngineOptions(recipe="mxfp8"))
+
+
+def test_evaluation_does_not_ask_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), {})
+    assert choose_precision("auto", "cuda")[0].name == "bf16"
+
+
+def test_a_micro_batch_that_fp8_gemms_do_not_take_is_refused() -> None:
+    config = TrainConfig(depth=4, device_batch_size=3, max_seq_len=40, total_batch_size=120, num_iterations=1)
+    with torch.device("meta"):
+        model = GPT(SHAPE, te_precision(RECIPES["delayed"]))
+    with pytest.raises(BadInput, match="120 tokens: recipe delayed needs a multiple of 16"):
+        make_plan(config, model, 1)
+
+
+# ------------------------------------------------------------------------------------------------ with the engine, on a GPU
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """The beginnings of PyTorch's own modules, as text."""
+    texts = [path.read_text()[:4000] for path in sorted(Path(torch.nn.modules.__file__).parent.glob("*.py"))]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
+    return TrainConfig(
+        data=str(path), depth=4, aspect_ratio=64, head_dim=64, max_seq_len=128, device_batch_size=8, total_batch_size=2048,
+        num_iterations=50, warmup_steps=5, eval_every=25, eval_tokens=2048, sample_every=-1, core_metric_every=-1,
+        precision="te", model_tag="te",
+    )  # fmt: skip
+
+
+def losses(tag: str) -> list[float]:
+    return [record["loss"] for record in metrics.read(base_dir() / "base_checkpoints" / tag) if record["kind"] == "step"]
+
+
+def saved(tag: str, step: int) -> dict[str, Tensor]:
+    directory = base_dir() / "base_checkpoints" / tag / f"step_{step:06d}"
+    return {f"{path.name}:{k}": v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+class TestRuns:
+    pytestmark = needs_engine
+
+    @pytest.mark.parametrize("weights", ["bf16", "fp8"])
+    def test_fifty_steps_beside_bf16(self, config: TrainConfig, weights: str) -> None:
+        train(replace(config, precision="bf16", model_tag="plain"))
+        plain = torch.tensor(losses("plain"))
+        for name in ("delayed", "current", "blockwise"):
+            train(replace(config, recipe=name, model_tag=name, te_weights=weights))
+            ours = torch.tensor(losses(name))
+            assert ours[-10:].mean() < ours[0] - 1
+            gap = ((ours - plain).abs() / plain)[5:].max()
+            assert gap < 0.03, (name, gap)
+        train(replace(config, recipe="delayed", model_tag="head", te_head="te", te_weights="bf16"))
+        assert ((torch.tensor(losses("head")) - plain).abs() / plain)[5:].max() < 0.03
+
+    @pytest.mark.parametrize("name", ["delayed", "current"])
+    def test_a_resumed_run_equals_the_uninterrupted_one(self, config: TrainConfig, name: str) -> None:
+        config = replace(config, recipe=name, num_iterations=8, eval_every=3, deterministic=True, save_every=4, keep=5)
+        train(replace(config, model_tag="whole"))
+        train(replace(config, model_tag="parts"))
+        for step in (5, 8):
+            for path in (base_dir() / "base_checkpoints" / "parts").glob(f"step_{step:06d}"):
+                path.rename(path.with_suffix(".moved"))
+        train(replace(config, model_tag="parts", resume=True))
+        one, other = saved("whole", 8), saved("parts", 8)
+        assert one.keys() == other.keys()
+        assert ("scaling.safetensors:transformer.h.0.mlp.scale_bwd" in one) == (name == "delayed")
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+    def test_checkpoints_move_between_precisions(self, config: TrainConfig) -> None:
+        config = replace(config, num_iterations=6, eval_every=-1)
+        train(config)
+        train(replace(config, precision="bf16", num_iterations=9, resume=True))
+        train(replace(config, precision="te", num_iterations=12, resume=True))
+        values = losses("te")
+        assert len(values) == 12 and max(values[6:]) < values[0]
+        ids = torch.randint(512, (2, 64), device="cuda")
+        results = [load_model("te", None, torch.device("cuda"), name)[0].logits(ids) for name in ("te", "bf16", "fp32")]
+        # One set of weights: bf16 matrices, computed in bf16 or, rounding aside, exactly.
+        for ours in results[:2]:
+            assert (ours - results[2]).norm() / results[2].norm() < 0.03
