@@ -49,7 +49,7 @@ def family(kernel: str) -> str:
     return next((name for name, pattern in FAMILIES if pattern.search(kernel)), "other")
 
 
-def table(kernels: Iterable[Kernel], micro_batches: int, largest: int = 15) -> list[str]:
+def table(kernels: Iterable[Kernel], micro_batches: int, largest: int = 24) -> list[str]:
     """The lines to print: families by time, their sum, then the `largest` kernels; all per micro-batch."""
     rows = [(family(name), name, launches / micro_batches, ms / micro_batches) for name, launches, ms in kernels]
     total = sum(ms for *_, ms in rows)
