@@ -72,8 +72,11 @@ def _muon_descend(
 def _table(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, object]]:
     """The addresses of contiguous tensors of one dtype, on their device, and what the compiler is told of them."""
     addresses, first = [t.data_ptr() for t in tensors], tensors[0]
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=first.is_cuda).to(first.device, non_blocking=True)
-    return table, {"TYPE": _TYPES[first.dtype], "ALIGNED": all(address % 16 == 0 for address in addresses)}
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
+    return table.to(first.device, non_blocking=True), {
+        "TYPE": _TYPES[first.dtype],
+        "ALIGNED": all(address % 16 == 0 for address in addresses),
+    }
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
