@@ -13,15 +13,15 @@ All matrices of one shape go through Polar Express as one batch, in chunks that 
 error falls 2.5 to 5 times.
 
 Passes over memory, in bytes a parameter, with fp32 gradients and a bf16 workspace:
-    momentum + Nesterov + cast, one compiled pass     g 4, m 4 + 4, x 2         14
+    momentum + Nesterov + cast, one kernel            g 4, m 4 + 4, x 2         14
     row norms; rows scaled                            2; 2 + 2                   6
     Polar Express                                     5 (X copied into the GEMM's output) x 4, the rest is GEMM   20
     sums of squares for NorMuon                       2                          2
-    descend, one compiled pass                        x 2, w 4 + 4              10
+    descend, one kernel                               x 2, w 4 + 4              10
 52 in all, and as many with bf16 gradients and weights beside fp32 masters. At d24 (680 M) that is 35 GB, 8.4 ms at 4.2 TB/s,
-beside 39 ms of GEMMs (26.1 TFLOP). The two compiled passes are called once a matrix, straight on its gradient and weight:
-stacking them would move 24 bytes more. Each call costs the host about 0.1 ms, which hides behind the GEMMs at d24 but not at
-d12 (docs/log.md).
+beside 39 ms of GEMMs (26.1 TFLOP). The two kernels take a whole chunk in one launch, gradients and weights where they are,
+through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more, and a call for each matrix
+made the host the slowest part of a d12 step (docs/log.md).
 Everything between the two passes that is not a GEMM works on row sums.
 """
 
@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.optimizer import NamedOptimizer, fused, gradient, scalar
+from nanochat.optimizer import NamedOptimizer, gradient
+from nvfp8.ops import ops
 from nvfp8.state import Codec
 from nvfp8.state import codec as codec_named
 
@@ -44,28 +45,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-
-
-def _nesterov(grad: Tensor, momentum: Tensor, x: Tensor, codec: Codec, take: Tensor, mu: Tensor) -> None:
-    """Update the stored `momentum` with `grad`, write the Nesterov gradient to `x`; flat (n,), take = 1 - μ."""
-    g = grad.float()
-    m = codec.decode(momentum)
-    m = m + take * (g - m)
-    codec.encode_(momentum, m)
-    x.copy_(g + mu * (m - g))
-
-
-def _descend(weight: Tensor, master: Tensor | None, x: Tensor, scale: Tensor, lr: Tensor, lr_wd: Tensor) -> None:
-    """Step `weight` (r, c) along u = x·scale, scale fp32 (r, 1) or (1, c); decay where u pulls the same way.
-
-    Where the weight is the rounded copy of an fp32 `master`, that one is stepped.
-    """
-    w = weight.float() if master is None else master
-    u = x.float() * scale
-    value = w - lr * u - lr_wd * w * (u * w >= 0)
-    if master is not None:
-        master.copy_(value)
-    weight.copy_(value)
 
 
 def polar_express(x: Tensor) -> Tensor:
@@ -128,9 +107,8 @@ def _stacks(group: dict[str, Any], codec: Codec) -> list[_Stack]:
         if p.ndim != 2:
             raise ValueError(f"Muon takes matrices, {name} has shape {tuple(p.shape)}")
         by_shape.setdefault((p.shape, p.dtype), []).append((name, p))
-    # Square shapes last: a compiled function that first meets r = c would take the two for one size and compile again.
     stacks = []
-    for ((r, c), dtype), members in sorted(by_shape.items(), key=lambda item: item[0][0][0] == item[0][0][1]):
+    for ((r, c), dtype), members in by_shape.items():
         n, device = len(members), members[0][1].device
         second_moment = torch.zeros((n, r, 1) if r >= c else (n, 1, c), dtype=torch.float32, device=device)
         momentum = codec.allocate((n, r, c), device)
@@ -166,8 +144,7 @@ class Muon(NamedOptimizer):
         super().__init__(groups)
         self.compute_dtype = compute_dtype
         self.workspace = workspace
-        self.codec = codec or codec_named("fp32")
-        self._stacks = [_stacks(group, self.codec) for group in self.param_groups]
+        self._stacks = [_stacks(group, codec or codec_named("fp32")) for group in self.param_groups]
 
     def named_state(self) -> dict[str, Tensor]:
         """Return `<name>.momentum` (r, c), `.second_moment` (r, 1) or (1, c) and `.master` (r, c) of every matrix, as stored."""
@@ -202,15 +179,12 @@ class Muon(NamedOptimizer):
         """One step of the matrices `part` of a stack."""
         params, momentum = stack.params[part], stack.momentum[part]
         x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
-        take, mu = scalar(1 - group["momentum"]), scalar(group["momentum"])
-        for p, m, out in zip(params, momentum, x, strict=True):
-            fused(_nesterov, p)(gradient(p).reshape(-1), m.view(-1), out.view(-1), self.codec, take, mu)
+        passes, mu = ops(x), group["momentum"]
+        passes.muon_nesterov_([gradient(p) for p in params], momentum, x, 1 - mu, mu)
         _equilibrate_(x)
         x = polar_express(x)
         scale = _normuon_scale(x, stack.second_moment[part], group["beta2"])
         r, c = momentum.shape[1:]
         lr = group["lr"] * math.sqrt(max(1, r / c))
-        lr_t, lr_wd = scalar(lr), scalar(lr * group["weight_decay"])
-        masters = [None] * len(params) if stack.master is None else stack.master[part]
-        for p, master, u, s in zip(params, masters, x, scale, strict=True):
-            fused(_descend, p)(p.detach(), master, u, s, lr_t, lr_wd)  # a Parameter's own sizes would be compile-time constants
+        master = None if stack.master is None else stack.master[part]
+        passes.muon_descend_([p.detach() for p in params], master, x, scale, lr, lr * group["weight_decay"])

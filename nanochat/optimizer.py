@@ -1,4 +1,4 @@
-"""What AdamW and Muon share: state that is saved by name, and elementwise math compiled on a GPU.
+"""What AdamW and Muon share: state that is saved by name; and how AdamW's elementwise math is compiled on a GPU.
 
 State goes into a checkpoint as a flat mapping `<parameter name>.<what>` -> tensor, never as a pickle, so that another
 number of processes, each owning other parameters, can pick out what it owns. All of it is allocated when the optimizer
@@ -86,7 +86,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return [pair for group in self.param_groups for pair in zip(group["names"], group["params"], strict=True)]
 
     def mark_changed(self) -> None:
-        """Raise the version counter of every parameter, as compiled code may not: FP8 copies are renewed by it."""
+        """Raise the version counter of every parameter, as kernels do not: FP8 copies are renewed by it."""
         torch.autograd.graph.increment_version([parameter for _, parameter in self.named_parameters()])
 
     def named_state(self) -> dict[str, Tensor]:

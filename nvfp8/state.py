@@ -2,7 +2,8 @@
 
 An optimizer does its math in fp32 and only stores low. So the update and the storage are kept apart: the update asks a
 codec for fp32 values, and hands fp32 values back. A codec is frozen data without state of its own, so it can be passed
-into a compiled function, where decode and encode fuse with the math into one pass over memory.
+into a compiled function, where decode and encode fuse with the math into one pass over memory. A Triton kernel cannot call it
+and goes by the dtype of what is stored, which says the same of these codecs (`nvfp8/kernels/muon.py`).
 """
 
 from collections.abc import Sequence

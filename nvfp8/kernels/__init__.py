@@ -3,6 +3,7 @@
 from nvfp8.kernels.cross_entropy import softcap_cross_entropy_
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.heads import heads_backward, heads_forward
+from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
 from nvfp8.kernels.norm import (
     mix_backward,
     mix_forward,
@@ -21,6 +22,8 @@ __all__ = [
     "mix_forward",
     "mix_norm_backward",
     "mix_norm_forward",
+    "muon_descend_",
+    "muon_nesterov_",
     "norm_backward",
     "norm_forward",
     "relu_squared_",

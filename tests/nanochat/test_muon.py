@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from nanochat.errors import BadInput
 from nanochat.muon import POLAR_EXPRESS, Muon, polar_express
 from nvfp8.state import codec
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HYPER = {"lr": 0.02, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.3}
 SHAPES = {"wide": (8, 24), "wide2": (8, 24), "tall": (24, 8), "square": (12, 12), "square2": (12, 12), "gate": (1, 12)}
 
@@ -221,25 +221,42 @@ def test_a_vector_is_refused_by_name() -> None:
         make({"lambdas": torch.zeros(3)})
 
 
-def test_compiles_one_graph_for_momentum_and_two_for_the_descent(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    counters: dict[str, CompileCounter] = {}
-    once: dict[Any, Any] = {}
+def test_on_kernels_it_follows_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter without a GPU; some gradients missing, one strided, chunks of one and two matrices."""
+    kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
+    monkeypatch.setattr("nanochat.muon.ops", lambda x: kernels)
+    start, grads = problem(3)
+    params, opt = make({name: value.to(DEVICE) for name, value in start.items()}, workspace=4 * 2 * 2 * (8 * 24 + 8 * 8))
+    assert {opt._chunk(stack) for stack in opt._stacks[0]} == {1, 2}
+    for i, step in enumerate(grads):
+        for name, p in params.items():
+            p.grad = step[name].to(DEVICE)
+        params["tall"].grad = step["tall"].mT.contiguous().mT.to(DEVICE)
+        if i:
+            params["wide2"].grad, step["wide2"] = None, torch.zeros(8, 24)
+        opt.step()
+    for name, p in params.items():
+        w = start[name].double()
+        r, c = w.shape
+        state = {"m": torch.zeros_like(w), "v": torch.zeros((r, 1) if r >= c else (1, c), dtype=torch.float64)}
+        for g in grads:
+            w = twin_step(w, g[name].double(), state, **HYPER)
+        torch.testing.assert_close(p.detach().cpu().double(), w, rtol=1e-5, atol=1e-5)
 
-    def compiled(function: Any, tensor: Tensor) -> Any:
-        if function not in once:
-            counters[function.__name__] = CompileCounter()
-            backend = counters[function.__name__]
-            once[function] = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
-        return once[function]
 
-    monkeypatch.setattr("nanochat.muon.fused", compiled)
-    torch.manual_seed(4)
-    # d24 in small: square and rectangular, with as many gates as gates have rows
-    shapes = {"q": (24, 24), "k": (24, 24), "fc": (96, 24), "proj": (24, 96), "gate": (12, 12)}
-    start = {k: torch.randn(s) for k, s in shapes.items()}
-    params, opt = make(start, workspace=1)
-    for step in range(4):
-        opt.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.85 + 0.01 * step, weight_decay=0.1 * step)
-        run(params, opt, [{k: torch.randn_like(v) for k, v in start.items()}])
-    assert {name: c.frame_count for name, c in counters.items()} == {"_nesterov": 1, "_descend": 2}
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_schedule_compiles_nothing_anew_and_shapes_little(dtype: torch.dtype) -> None:
+    from nvfp8.kernels import muon as kernels
+
+    both = kernels._muon_nesterov, kernels._muon_descend
+    for kernel in both:
+        kernel.device_caches.clear()  # what other tests compiled
+    # d24 in small: the kernels distinguish columns that 16 divides, and the descent a scale by row from one by column
+    shapes = {"q": (32, 32), "k": (32, 32), "fc": (128, 32), "proj": (32, 128), "gate": (6, 12), "gate2": (8, 12), "row": (1, 12)}
+    start = {name: torch.randn(shape, device="cuda").to(dtype) for name, shape in shapes.items()}
+    params, opt = make(start, torch.bfloat16, workspace=1)
+    for lr, momentum, decay in ((0.1, 0.85, 0.1), (0.02, 0.97, 0.05), (1, 0, 0), (0.0, 1.0, 0.0)):
+        opt.param_groups[0].update(lr=lr, momentum=momentum, weight_decay=decay)
+        run(params, opt, [{name: torch.randn_like(value) for name, value in start.items()}])
+        assert [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in both] == [2, 3]

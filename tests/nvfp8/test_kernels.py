@@ -180,3 +180,95 @@ def test_cross_entropy(vocab: int, padded: int, dtype: torch.dtype) -> None:
     untouched = logits.clone()
     losses = kernels.softcap_cross_entropy_(untouched, targets, vocab, 15.0, None)
     assert torch.equal(untouched, logits) and torch.equal(losses, results[0][0])
+
+
+# Matrices of a stack: a gate; odd and inside one block; odd over two blocks; 16 divides the columns; wide and of three blocks
+STACKS = [(4, 1, 12), (3, 5, 7), (2, 67, 93), (3, 96, 48), (2, 40, 272)]
+
+
+def unaligned(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `matrix` at an address that 16 does not divide, and the memory around it: one NaN before, one after."""
+    memory = matrix.new_full((matrix.numel() + 2,), float("nan"))
+    inside = memory[1:-1].view(matrix.shape)
+    inside.copy_(matrix)
+    assert inside.data_ptr() % 16
+    return inside, memory
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_muon_nesterov(shape: tuple[int, int, int], stored: torch.dtype, dtype: torch.dtype) -> None:
+    n, r, c = shape
+    gradients = random(*shape, dtype=dtype, seed=1)
+    before = random(n + 2, r, c, dtype=stored, seed=2)
+    results = []
+    for function, of_x, of_momentum in (
+        (kernels.muon_nesterov_, dtype, stored),
+        (reference.muon_nesterov_, dtype, stored),
+        (reference.muon_nesterov_, torch.float64, torch.float64),
+    ):
+        buffer, x = before.to(of_momentum, copy=True), torch.empty(shape, dtype=of_x, device=DEVICE)
+        function(gradients.to(of_x).unbind(), buffer[1:-1], x, 0.1, 0.9)
+        assert torch.equal(buffer[[0, -1]], before[[0, -1]].to(of_momentum)), "what another chunk owns is left alone"
+        results.append((buffer[1:-1], x))
+    compare(*results)
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("case", ["strided", "unaligned", "two dtypes"])
+def test_muon_takes_gradients_as_they_come(shape: tuple[int, int, int], case: str, dtype: torch.dtype) -> None:
+    plain = list(random(*shape, dtype=dtype, seed=1))
+    odd = list(plain)
+    if case == "strided":
+        odd[1] = plain[1].mT.contiguous().mT
+        assert odd[1].is_contiguous() == (1 in shape)
+    elif case == "unaligned":
+        odd[1], _ = unaligned(plain[1])
+    else:
+        odd[1] = plain[1].bfloat16() if dtype == torch.float32 else plain[1].float()
+        plain = [g.float() for g in odd]
+    results = []
+    for gradients in (plain, odd):
+        momentum, x = random(*shape, dtype=torch.float32, seed=2), torch.empty(shape, dtype=dtype, device=DEVICE)
+        kernels.muon_nesterov_(gradients, momentum, x, 0.1, 0.9)
+        results.append((momentum, x))
+    assert all(torch.equal(ours, same) and ours.isfinite().all() for ours, same in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("with_master", [True, False])
+@pytest.mark.parametrize("decay", [0.25, 0.0])
+def test_muon_descend(shape: tuple[int, int, int], by_row: bool, with_master: bool, decay: float, dtype: torch.dtype) -> None:
+    n, r, c = shape
+    x = random(*shape, dtype=dtype, seed=1)
+    scale = random(*((n, r, 1) if by_row else (n, 1, c)), dtype=torch.float32, seed=2)
+    before = random(n + 2, r, c, dtype=torch.float32, seed=3)
+    results = []
+    for function, narrow, wide in (
+        (kernels.muon_descend_, dtype, torch.float32),
+        (reference.muon_descend_, dtype, torch.float32),
+        (reference.muon_descend_, torch.float64, torch.float64),
+    ):
+        buffer = before.to(wide, copy=True)
+        start = before[1:-1].to(dtype).to(narrow, copy=True)
+        first, memory = unaligned(start[0])
+        weights = [first, *start[1:]]
+        function(weights, buffer[1:-1] if with_master else None, x.to(narrow), scale.to(wide), 0.5, decay)
+        assert torch.equal(buffer[[0, -1]], before[[0, -1]].to(wide)), "what another chunk owns is left alone"
+        assert memory[[0, -1]].isnan().all(), "nothing is written beside a weight"
+        results.append((torch.stack(weights), buffer[1:-1]))
+    compare(*results)
+    if with_master:
+        assert torch.equal(results[0][0], results[0][1].to(dtype))
+
+
+def test_muon_descends_aligned_weights_alike(dtype: torch.dtype) -> None:
+    shape = (2, 40, 272)
+    x, scale = random(*shape, dtype=dtype, seed=1), random(2, 1, 272, dtype=torch.float32, seed=2)
+    aligned = list(random(*shape, dtype=dtype, seed=3).clone().unbind())
+    others = [unaligned(w)[0] for w in aligned]
+    assert all(w.data_ptr() % 16 == 0 for w in aligned)
+    for weights in (aligned, others):
+        kernels.muon_descend_(weights, None, x, scale, 0.5, 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(aligned, others, strict=True))
