@@ -59,7 +59,7 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
         ctx.used = True
         dx, dw = ctx.saved_tensors
-        return dx.mul_(d_loss), dw.mul_(d_loss).to(ctx.weight_dtype), None, None, None, None, None
+        return ops(dx).scale_(dx, d_loss), ops(dw).scale_(dw, d_loss).to(ctx.weight_dtype), None, None, None, None, None
 
 
 class LinearCrossEntropy(nn.Module):

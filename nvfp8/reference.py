@@ -273,6 +273,19 @@ def relu_squared_backward_(d_activated: Tensor, activated: Tensor) -> Tensor:
     return d_activated.copy_(_wide(d_activated) * 2 * _wide(activated).sqrt())
 
 
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """X · factor, written over x.
+
+    Args:
+        x: contiguous, any shape and float; overwritten.
+        factor: 0-d fp32.
+
+    Returns:
+        `x`.
+    """
+    return x.copy_(_wide(x) * factor)
+
+
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """Cross-entropy of softcapped logits, and its gradient written over them.
 

@@ -369,7 +369,7 @@ class _LogitsLoss(torch.autograd.Function):
         if ctx.d_logits is None:
             raise RuntimeError("the loss's backward may run once: it scales the gradient it holds in place")
         d_logits, ctx.d_logits = ctx.d_logits, None
-        return d_logits.mul_(d_loss), None, None, None, None
+        return ops(d_logits).scale_(d_logits, d_loss), None, None, None, None
 
 
 class TEHead(LinearCrossEntropy):

@@ -1,6 +1,6 @@
 """Triton kernels, one file a family; no autograd here. Names and arguments are those of the twins in `nvfp8.reference`."""
 
-from nvfp8.kernels.cross_entropy import softcap_cross_entropy_
+from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
@@ -28,5 +28,6 @@ __all__ = [
     "norm_forward",
     "relu_squared_",
     "relu_squared_backward_",
+    "scale_",
     "softcap_cross_entropy_",
 ]

@@ -45,6 +45,21 @@ def _softcap_cross_entropy(
             tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
 
 
+@triton.jit
+def _scale(X, FACTOR, N, BLOCK: tl.constexpr):
+    factor = tl.load(FACTOR)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(X + at, at < N, 0.0)
+        tl.store(X + at, (x.to(tl.float32) * factor).to(X.dtype.element_ty), at < N)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """See `nvfp8.reference.scale_`; a factor of 1, which a loss's gradient nearly always is, costs no pass over x."""
+    _scale[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK)
+    return x
+
+
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)

@@ -10,30 +10,35 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 512  # of a program
-ROWS = 8  # positions read at once: most ids occur once or twice, the frequent ones a thousand times
+TOGETHER = 16  # positions read at once where an id has many: most have one or two, the frequent ones thousands
 
 
 @triton.jit
 def _add_rows(
-    GRAD, ROWS_, GATE, POSITIONS, STARTS, W, E,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GRAD, ROWS, GATE, POSITIONS, STARTS, W, E, GATED: tl.constexpr, TOGETHER: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     start = tl.load(STARTS + row)
     end = tl.load(STARTS + row + 1)
     if start < end:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < W
+        head = column // E
+        many = start + (end - start) // TOGETHER * TOGETHER
         total = tl.zeros((COLUMNS,), tl.float32)
-        for first in range(start, end, ROWS):
-            index = first + tl.arange(0, ROWS)
-            position = tl.load(POSITIONS + index, index < end, 0).to(tl.int64)[:, None]
-            mask = (index < end)[:, None] & inside[None, :]
-            value = tl.load(ROWS_ + position * W + column[None, :], mask, 0.0).to(tl.float32)
+        for first in range(start, many, TOGETHER):
+            position = tl.load(POSITIONS + first + tl.arange(0, TOGETHER))[:, None]
+            value = tl.load(ROWS + position * W + column[None, :], inside[None, :], 0.0).to(tl.float32)
             if GATED:
-                value *= tl.load(GATE + position * (W // E) + column[None, :] // E, mask, 0.0).to(tl.float32)
+                value *= tl.load(GATE + position * (W // E) + head[None, :], inside[None, :], 0.0).to(tl.float32)
             total += tl.sum(value, 0)
-        at = GRAD + row.to(tl.int64) * W + column
+        for index in range(many, end):
+            position = tl.load(POSITIONS + index)
+            value = tl.load(ROWS + position * W + column, inside, 0.0).to(tl.float32)
+            if GATED:
+                value *= tl.load(GATE + position * (W // E) + head, inside, 0.0).to(tl.float32)
+            total += value
+        at = GRAD + row * W + column
         total += tl.load(at, inside, 0.0).to(tl.float32)
         tl.store(at, total.to(GRAD.dtype.element_ty), inside)
 
@@ -43,5 +48,5 @@ def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor
     width = grad.shape[1]
     _add_rows[grad.shape[0], triton.cdiv(width, COLUMNS)](
         grad, rows, gate, positions, starts, width, width if gate is None else width // gate.shape[-1],
-        GATED=gate is not None, ROWS=ROWS, COLUMNS=COLUMNS,
+        GATED=gate is not None, TOGETHER=TOGETHER, COLUMNS=COLUMNS,
     )  # fmt: skip

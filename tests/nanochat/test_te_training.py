@@ -130,7 +130,8 @@ def config(tmp_path: Path) -> TrainConfig:
     Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
     return TrainConfig(
         data=str(path), depth=4, aspect_ratio=64, head_dim=64, max_seq_len=128, device_batch_size=8, total_batch_size=2048,
-        num_iterations=50, warmup_steps=5, eval_every=25, eval_tokens=2048, sample_every=-1, core_metric_every=-1,
+        num_iterations=50, warmup_steps=40,  # smear's rate does not shrink with the batch: without warm-up the loss jumps
+        eval_every=25, eval_tokens=2048, sample_every=-1, core_metric_every=-1,
         precision="te", model_tag="te",
     )  # fmt: skip
 
@@ -154,11 +155,12 @@ class TestRuns:
         for name in ("delayed", "current", "blockwise"):
             train(replace(config, recipe=name, model_tag=name, te_weights=weights))
             ours = torch.tensor(losses(name))
-            assert ours[-10:].mean() < ours[0] - 1
-            gap = ((ours - plain).abs() / plain)[5:].max()
-            assert gap < 0.03, (name, gap)
+            assert ours[-5:].mean() < ours[0] - 0.5
+            gap = ((ours - plain).abs() / plain).max()
+            print(f"{name} {weights}: largest gap to bf16 {gap:.2%}, last losses {ours[-1]:.4f} and {plain[-1]:.4f}")
+            assert gap < 0.02, (name, gap)
         train(replace(config, recipe="delayed", model_tag="head", te_head="te", te_weights="bf16"))
-        assert ((torch.tensor(losses("head")) - plain).abs() / plain)[5:].max() < 0.03
+        assert ((torch.tensor(losses("head")) - plain).abs() / plain).max() < 0.02
 
     @pytest.mark.parametrize("name", ["delayed", "current"])
     def test_a_resumed_run_equals_the_uninterrupted_one(self, config: TrainConfig, name: str) -> None:
@@ -183,6 +185,6 @@ class TestRuns:
         assert len(values) == 12 and max(values[6:]) < values[0]
         ids = torch.randint(512, (2, 64), device="cuda")
         results = [load_model("te", None, torch.device("cuda"), name)[0].logits(ids) for name in ("te", "bf16", "fp32")]
-        # One set of weights: bf16 matrices, computed in bf16 or, rounding aside, exactly.
-        for ours in results[:2]:
-            assert (ours - results[2]).norm() / results[2].norm() < 0.03
+        # One set of weights, bf16 matrices: both compute in bf16, and stray from fp32 by as much.
+        engine, plain = ((ours - results[2]).norm() / results[2].norm() for ours in results[:2])
+        assert engine < 1.2 * plain < 0.1, (engine, plain)

@@ -161,6 +161,15 @@ def test_relu_squared(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     compare((ours,), (reference.relu_squared_backward_(gradient.clone(), activated),), (exact,))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+def test_scale(factor: float, dtype: torch.dtype) -> None:
+    x, scalar = random(3, 5000, dtype=dtype, seed=1), torch.tensor(factor, device=DEVICE)
+    exact = x.double() * scalar.double()
+    given = x.clone()
+    assert kernels.scale_(given, scalar) is given
+    compare((given,), (reference.scale_(x.clone(), scalar),), (exact,))
+
+
 @pytest.mark.parametrize(("vocab", "padded"), [(50, 64), (4096, 4096), (5000, 5056)])
 def test_cross_entropy(vocab: int, padded: int, dtype: torch.dtype) -> None:
     logits = 8 * random(9, padded, dtype=dtype, seed=1)
