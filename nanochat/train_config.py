@@ -48,6 +48,7 @@ class TrainConfig:
     fp8: bool = False
     fp8_recipe: str = "tensorwise"
     precision: str = "auto"
+    adamw: str = "own"
     attention: str = "auto"
     deterministic: bool = False
     max_bad_steps: int = 5

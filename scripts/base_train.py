@@ -13,6 +13,7 @@ from dataclasses import fields
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from nanochat.errors import Parser, run
+from nanochat.te_adam import CHOICES
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 
@@ -71,6 +72,7 @@ def _parser() -> Parser:
     add(ours, "data", str, "python, python+site, or a file or directory of .txt .md .py .jsonl .parquet (.gz, .zst)")
     add(ours, "tokenizer", str, "directory of tokenizer.json; empty = <base>/tokenizer")
     add(ours, "precision", str, "auto, bf16 or fp32", choices=("auto", "bf16", "fp32"))
+    add(ours, "adamw", str, "ours, or Transformer Engine's with its state in that form, for comparison", choices=CHOICES)
     add(ours, "attention", str, "auto, fa3, cudnn, sdpa or plain", choices=("auto", "fa3", "cudnn", "sdpa", "plain"))
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")
