@@ -38,6 +38,8 @@ from nanochat.param_groups import groups, owned, ownership, set_hyperparameters
 from nanochat.plan import make_plan
 from nanochat.shards import open_or_build, unigram_bits_per_byte
 from nanochat.signals import StopRequest
+from nanochat.te_adam import TEAdam
+from nanochat.te_adam import check as check_adamw
 from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
 from nvfp8 import hardware
@@ -76,6 +78,7 @@ class Run:
         self.failure: Exception | None = None
         with parallel.together():
             precision, why = choose_precision(config.precision, world.device.type, config.engine)
+            check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
             self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
             source = resolve(config.data)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)
@@ -122,7 +125,8 @@ class Run:
         self.parameters = dict(sorted(model.named_parameters(), key=lambda item: _backward_position(item[0])))
         self.owner = ownership(all_groups, self.world.size)
         mine = {kind: owned(all_groups, kind, self.owner, self.world.rank) for kind in ("adamw", "muon")}
-        self.optimizers = (AdamW(mine["adamw"]), Muon(mine["muon"], model.precision.compute_dtype))
+        adamw = AdamW(mine["adamw"]) if config.adamw == "own" else TEAdam(mine["adamw"], config.adamw)
+        self.optimizers = (adamw, Muon(mine["muon"], model.precision.compute_dtype))
 
     @property
     def _resuming(self) -> bool:
@@ -200,7 +204,7 @@ class Run:
 
     def _layers(self) -> dict[str, str]:
         """What every part of the model really runs in."""
-        return {**self.model.precision.describe(), "attention": self.model.describe_attention()}
+        return {**self.model.precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Record something on rank 0. What that fails with waits until the ranks next agree: the others cannot know of it."""

@@ -55,6 +55,7 @@ class TrainConfig:
     te_head: Literal["chunked", "te"] = "chunked"
     te_weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
+    adamw: str = "own"
     attention: str = "auto"
     deterministic: bool = False
     max_bad_steps: int = 5

@@ -14,6 +14,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from nanochat.build import PRECISIONS
 from nanochat.errors import Parser, run
+from nanochat.te_adam import CHOICES
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from scripts.engine_flags import add_engine_flags
@@ -73,6 +74,7 @@ def _parser() -> Parser:
     add(ours, "data", str, "python, python+site, or a file or directory of .txt .md .py .jsonl .parquet (.gz, .zst)")
     add(ours, "tokenizer", str, "directory of tokenizer.json; empty = <base>/tokenizer")
     add(ours, "precision", str, "auto, te, bf16 or fp32; auto takes the first that runs here", choices=PRECISIONS)
+    add(ours, "adamw", str, "ours, or Transformer Engine's with its state in that form, for comparison", choices=CHOICES)
     add(ours, "attention", str, "auto, fa3, cudnn, sdpa or plain", choices=("auto", "fa3", "cudnn", "sdpa", "plain"))
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")
