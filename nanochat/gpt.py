@@ -283,7 +283,7 @@ class GPT(nn.Module):
         rotary = self.cos[start:end], self.sin[start:end]
         # A cache attends by itself, over lengths that a backend may refuse.
         backend = self._attention_backend(ids.shape[1]) if cache is None else ""
-        order = token_order(ids, self.config.padded_vocab) if torch.is_grad_enabled() else None
+        order = token_order(ids) if torch.is_grad_enabled() else None
         embedded = self.ln_embed(embedding(self.wte.weight, ids, order))
         x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()

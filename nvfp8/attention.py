@@ -50,7 +50,7 @@ class _ProjectHeads(torch.autograd.Function):
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
         d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, ctx.table, ids)
         if ctx.table is not None and ctx.table.requires_grad:
-            add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids, len(ctx.table)))
+            add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids))
         return d_qkv, None, None, None, d_gate, None, None, None
 
 

@@ -23,22 +23,17 @@ class TokenOrder(NamedTuple):
 
     Attributes:
         positions: (N,) int64, positions in the flattened ids, sorted by id, in order among equal ids.
-        starts: (V + 1,) int64, where the run of each id begins in `positions`.
+        ids: (N,) int64, the ids in that order.
     """
 
     positions: Tensor
-    starts: Tensor
+    ids: Tensor
 
 
-def token_order(ids: Tensor, rows: int) -> TokenOrder:
-    """Sort a micro-batch's ids.
-
-    Args:
-        ids: int64, any shape, in [0, rows).
-        rows: entries of the tables, padding included.
-    """
+def token_order(ids: Tensor) -> TokenOrder:
+    """Sort a micro-batch's ids, int64 of any shape."""
     ordered, positions = ids.flatten().sort(stable=True)
-    return TokenOrder(positions, torch.searchsorted(ordered, torch.arange(rows + 1, device=ids.device)))
+    return TokenOrder(positions, ordered)
 
 
 def add_rows_to_gradient(table: Tensor, rows: Tensor, gate: Tensor | None, order: TokenOrder) -> None:

@@ -229,7 +229,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
 
 
-def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor, starts: Tensor) -> None:
+def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor, ids: Tensor) -> None:
     """Add to a lookup table's gradient, in place: grad[id] += Σ gate·rows over the positions where the id stands.
 
     Args:
@@ -237,14 +237,13 @@ def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor
         rows: (..., W) with N rows.
         gate: (..., K), factor of W/K channels each, or None.
         positions: (N,) int64, positions sorted by id.
-        starts: (V + 1,) int64, where each id's run begins in `positions`.
+        ids: (N,) int64, the ids in that order.
     """
     width = grad.shape[1]
     values = _wide(rows)
     if gate is not None:
         values = values.view(*gate.shape, -1) * _wide(gate)[..., None]
     values = values.reshape(-1, width)[positions]
-    ids = torch.repeat_interleave(torch.arange(grad.shape[0], device=grad.device), starts.diff())
     grad.copy_(_wide(grad) + torch.zeros(grad.shape, dtype=values.dtype, device=grad.device).index_add_(0, ids, values))
 
 
