@@ -1,4 +1,4 @@
-"""Gradients of lookup tables: ours, by one sort for all tables, beside PyTorch's, in milliseconds; one JSON line a case, medians of 20.
+"""Gradients of lookup tables in milliseconds: ours, by one sort for all tables, beside PyTorch's; medians of 20.
 
     python -m benchmarks.embedding [--tokens 32768] [--width 1536]
 

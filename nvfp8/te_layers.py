@@ -80,6 +80,7 @@ class _Engine:
         self._restored: dict[str, Tensor] = {}
         self._without_history = False
 
+    @torch.compiler.disable
     def __call__(self, x: Tensor) -> Any:
         """Run the module: in FP8 inside `autocast`, otherwise in bf16, which leaves the scaling state as it is."""
         parameters = self._parameters()

@@ -57,16 +57,20 @@ def _add_parts(GRAD, IDS, PARTS, N, W, CHUNK: tl.constexpr, COLUMNS: tl.constexp
     current = tl.load(IDS + end - 1, end < N, -2)
     began_before = (tl.load(IDS + begin) == current) & (tl.load(IDS + begin - 1, begin > 0, -1) == current)
     if (following == current) & (began_before == 0):  # the run that goes on after this chunk began in it
+        # Ids are sorted: bisect for the first chunk that begins with another one.
+        low = chunk + 1
+        high = tl.cdiv(N, CHUNK).to(tl.int64)
+        for _ in range(32):
+            middle = (low + high) // 2
+            same = tl.load(IDS + middle * CHUNK, low < high, -1) == current
+            low = tl.where(same, middle + 1, low)
+            high = tl.where(same, high, middle)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < W
         at = GRAD + current * W + column
         total = tl.load(at, inside, 0.0).to(tl.float32) + tl.load(PARTS + (2 * chunk + 1) * W + column, inside, 0.0)
-        while following == current:
-            chunk += 1
-            total += tl.load(PARTS + 2 * chunk * W + column, inside, 0.0)
-            end += CHUNK
-            # The run goes on only if it fills this chunk and the next one begins with it.
-            following = tl.load(IDS + end, end < N, -1)
+        for other in range(chunk + 1, low):
+            total += tl.load(PARTS + 2 * other * W + column, inside, 0.0)
         tl.store(at, total.to(GRAD.dtype.element_ty), inside)
 
 

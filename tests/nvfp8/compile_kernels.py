@@ -1,0 +1,89 @@
+"""Compile every Triton kernel for a GPU that need not be there: python compile_kernels.py <compute capability, such as 90>.
+
+The wrappers of `nvfp8.kernels` run on CPU tensors of training's shapes and dtypes, and a launch stops after the compiler: what it
+refuses shows here rather than on a rented machine. Prints the kernels' names and shared memory as JSON.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CAPABILITY = int(sys.argv[1])
+compiled: dict[str, int] = {}
+
+
+class Pretended:
+    """As much of a driver as choosing and compiling a kernel needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def main() -> None:
+    driver.set_active(Pretended())
+    launch = JITFunction.run
+
+    def stop_after_compiling(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        compiled[self.__name__] = max(kernel.metadata.shared, compiled.get(self.__name__, 0))
+        return kernel
+
+    JITFunction.run = stop_after_compiling
+    call_everything()
+    print(json.dumps(compiled))
+
+
+def call_everything() -> None:
+    from nvfp8 import kernels
+    from nvfp8.embedding import token_order
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (768, 1536):
+            x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
+            lambdas, rstd = torch.ones(2), torch.ones(2, 64)
+            kernels.norm_forward(x)
+            kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
+            kernels.mix_norm_forward(x, x0, lambdas)
+            kernels.mix_norm_backward(x, x, x, x0, lambdas, rstd, None)
+            kernels.mix_norm_backward(x, x, x, x0, lambdas, rstd, x)
+            _, head, _ = kernels.mix_forward(x, x0, lambdas, 12)
+            kernels.mix_backward(x, x, None, x, x0, lambdas, rstd, None)
+            kernels.mix_backward(x, x, head, x, x0, lambdas, rstd, x)
+            heads = width // 128
+            qkv, cos = torch.zeros(2, 64, 3 * width, dtype=dtype), torch.zeros(64, 64, dtype=dtype)
+            ids, table = torch.arange(128).view(2, 64) % 50, torch.zeros(50, width, dtype=dtype)
+            for gate in (None, torch.zeros(2, 64, heads, dtype=dtype)):
+                values = (gate, None if gate is None else table, None if gate is None else ids)
+                q, k, v, rstd_heads = kernels.heads_forward(qkv, cos, cos, (heads, heads), *values)
+                kernels.heads_backward(q, k, v, q, k, rstd_heads, cos, cos, *values)
+                kernels.add_rows_(table, x, gate, *token_order(ids))
+        hidden = torch.zeros(128, 3072, dtype=dtype)
+        kernels.relu_squared_(hidden), kernels.relu_squared_backward_(hidden, hidden)
+        logits, targets = torch.zeros(16, 32768, dtype=dtype), torch.zeros(16, dtype=torch.int64)
+        kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, None)
+        kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, torch.ones(()))
+        kernels.scale_(logits, torch.ones(()))
+        for rows, columns in ((768, 3072), (3072, 768)):  # scales by column, by row
+            weights = [torch.zeros(rows, columns, dtype=dtype) for _ in range(2)]
+            state, x = torch.zeros(2, rows, columns), torch.zeros(2, rows, columns, dtype=torch.bfloat16)
+            scale = torch.ones(2, rows, 1) if rows > columns else torch.ones(2, 1, columns)
+            kernels.muon_nesterov_(weights, state, x, 0.1, 0.9)
+            kernels.muon_descend_(weights, None if dtype == torch.float32 else state, x, scale, 0.1, 0.1)
+
+
+if __name__ == "__main__":
+    main()
