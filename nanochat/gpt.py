@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nanochat.generate import KVCache
 from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.embedding import TokenOrder, embedding, token_order
+from nvfp8.layers import Pending, settled
 from nvfp8.precision import Precision
 
 ROTARY_BASE = 100_000
@@ -110,13 +111,13 @@ class Attention(nn.Module):
         self.qkv = precision.norm_linear(self.c_q, self.c_k, self.c_v)
 
     def forward(
-        self, x: Tensor, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
+        self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
         table: Tensor | None, order: TokenOrder | None, backend: str, cache: KVCache | None, layer: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Attend and add to the stream.
 
         Args:
-            x: (B, T, D) stream.
+            x: (B, T, D) stream, or the two parts of it.
             x0: (B, T, D) stream after the embedding.
             lambdas: (2,) factors of x and x0.
             rotary: cos and sin, (T, E/2) each.
@@ -294,9 +295,10 @@ class GPT(nn.Module):
             x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, order, backend, cache, layer)
             x = block.mlp(x)
             if layer == self.config.n_layer // 2:
-                middle = x
+                x = middle = settled(x)
         if cache is not None:
             cache.advance(ids.shape[1])
+        x = settled(x)
         return self.ln_f(x - self.backout_lambda.to(x.dtype) * middle)
 
     def _smear(self, x: Tensor, previous: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ For a block of width D that is 20 bytes per token and channel in bf16; a compile
 Weights stored in fp32 are cast to the stream's dtype where they are used.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,18 @@ from torch.autograd.function import once_differentiable
 
 from nvfp8.matmul import weight_gradient
 from nvfp8.ops import ops
+
+
+class Pending(NamedTuple):
+    """A residual stream whose last branch is not added yet: a kernel that reads both anyway does it."""
+
+    stream: Tensor
+    branch: Tensor
+
+
+def settled(x: Tensor | Pending) -> Tensor:
+    """The stream as one tensor (..., D)."""
+    return x.stream + x.branch if isinstance(x, Pending) else x
 
 
 class _Norm(torch.autograd.Function):

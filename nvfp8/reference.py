@@ -103,11 +103,12 @@ def mix_norm_backward(
     return (ds * lambdas[0]).to(x.dtype), dx0.to(x.dtype), d_lambdas, normed.to(x.dtype)
 
 
-def mix_forward(x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual mix s = λ₀·x + λ₁·x0 for a layer that normalizes s itself, and the first channels of norm(s).
+def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual mix s = λ₀·(x + pending) + λ₁·x0 for a layer that normalizes s itself, and the first channels of norm(s).
 
     Args:
         x: (..., D) residual stream.
+        pending: (..., D) branch that has yet to be added to it, or None.
         x0: (..., D) the stream as it was after the embedding.
         lambdas: (2,) fp32.
         width: how many channels of x̂ are wanted.
@@ -115,7 +116,8 @@ def mix_forward(x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Ten
     Returns:
         s (..., D), x̂[..., :width], 1/rms of s (...).
     """
-    mixed = _mix(x, x0, lambdas)
+    before = _wide(x) if pending is None else _wide(x) + _wide(pending)
+    mixed = (before * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
     normed, rstd = norm_forward(mixed)
     return mixed, normed[..., :width].contiguous(), rstd
 
@@ -126,7 +128,7 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of `mix_forward` from its own output: Σg·x = (Σg·s − λ₁·Σg·x0) / λ₀, so x need not be kept.
 
-    λ₀ = 0 makes dλ₀ not finite.
+    x stands for x + pending: both have the same gradient. λ₀ = 0 makes dλ₀ not finite.
 
     Args:
         d_stream: (..., D) gradient of s on the residual path.

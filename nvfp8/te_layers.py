@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvfp8.head import LinearCrossEntropy
-from nvfp8.layers import RMSNorm
+from nvfp8.layers import Pending, RMSNorm
 from nvfp8.ops import ops
 from nvfp8.recipe import Recipe
 from nvfp8.reference import NORM_EPS
@@ -80,7 +80,7 @@ class _Engine:
         self._restored: dict[str, Tensor] = {}
         self._without_history = False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor) -> Any:
         """Run the module: in FP8 inside `autocast`, otherwise in bf16, which leaves the scaling state as it is."""
         parameters = self._parameters()
@@ -224,9 +224,12 @@ class TELinear(nn.Module):
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        stream, head, rstd = ops(x).mix_forward(x, x0, lambdas, width)
+    def forward(
+        ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stream, head, rstd = ops(x).mix_forward(x, pending, x0, lambdas, width)
         ctx.save_for_backward(stream, x0, lambdas, rstd)
+        ctx.pending = pending is not None
         ctx.set_materialize_grads(False)
         # The stream leaves twice, once for the residual path and once for the branch: backward then gets two gradients and
         # adds them in its own pass.
@@ -240,7 +243,8 @@ class _Mix(torch.autograd.Function):
         stream, x0, lambdas, rstd = ctx.saved_tensors
         d_stream, d_branch = (torch.zeros_like(stream) if d is None else d.contiguous() for d in (d_stream, d_branch))
         d_head = None if d_head is None else d_head.contiguous()
-        return *ops(stream).mix_backward(d_stream, d_branch, d_head, stream, x0, lambdas, rstd, d_x0), None
+        dx, d_x0, d_lambdas = ops(stream).mix_backward(d_stream, d_branch, d_head, stream, x0, lambdas, rstd, d_x0)
+        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None
 
 
 class TENormLinear(nn.Module):
@@ -258,19 +262,20 @@ class TENormLinear(nn.Module):
         def make(te: Any, device: Any) -> Any:
             return te.LayerNormLinear(
                 width, sum(sizes.values()), eps=NORM_EPS, bias=False, normalization="RMSNorm", params_dtype=torch.bfloat16,
-                parameters_split=None if fp8_weights else sizes, device=device,
+                parameters_split=None if fp8_weights or len(sizes) == 1 else sizes, device=device,
             )  # fmt: skip
 
         self.engine = _Engine(recipe, make, {"weight": projections}, fp8_weights, self)
 
-    def forward(self, x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `nvfp8.layers.NormLinear`; x̂[..., :width] is without the norm's learnable scale."""
-        stream, branch, x0, head = _Mix.apply(x, x0, lambdas, width)
+        before, pending = x if isinstance(x, Pending) else (x, None)
+        stream, branch, x0, head = _Mix.apply(before, pending, x0, lambdas, width)
         return stream, x0, head, self.engine(branch)
 
 
 class TEMLP(nn.Module):
-    """x + c_proj(relu(c_fc(norm(x)))²) by one `te.LayerNormMLP`."""
+    """x + c_proj(relu(c_fc(norm(x)))²) by one `te.LayerNormMLP`; the sum is left to the next layer."""
 
     norm_weight: Tensor | None
 
@@ -289,10 +294,9 @@ class TEMLP(nn.Module):
 
         self.engine = _Engine(recipe, make, {"fc1_weight": (c_fc,), "fc2_weight": (c_proj,)}, fp8_weights, self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D): the stream with the MLP's branch added."""
-        branch: Tensor = self.engine(x)
-        return x + branch
+    def forward(self, x: Tensor) -> Pending:
+        """(..., D) -> the stream and the MLP's branch, (..., D) each."""
+        return Pending(x, self.engine(x))
 
 
 def _register_norm_weight(module: nn.Module, width: int | None) -> None:

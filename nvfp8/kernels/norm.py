@@ -18,13 +18,16 @@ from nvfp8.reference import NORM_EPS
 
 @triton.jit
 def _norm_forward(
-    X, X0, LAMBDAS, STREAM, NORMED, RSTD, D, WIDTH, EPS: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr
+    X, PENDING, X0, LAMBDAS, STREAM, NORMED, RSTD, D, WIDTH,
+    EPS: tl.constexpr, ADD: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < D
     at = row * D + column
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(PENDING + at, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at, mask, 0.0).to(tl.float32)
         stored = x.to(STREAM.dtype.element_ty)
@@ -111,7 +114,7 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     normed, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     grid, options = _launch(x)
     width = x.shape[-1]
-    _norm_forward[grid](x, None, None, None, normed, rstd, width, width, EPS=NORM_EPS, MIX=False, **options)
+    _norm_forward[grid](x, None, None, None, None, normed, rstd, width, width, EPS=NORM_EPS, ADD=False, MIX=False, **options)
     return normed, rstd
 
 
@@ -122,17 +125,20 @@ def mix_norm_forward(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Te
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     grid, options = _launch(x)
     lambdas, width = lambdas.contiguous(), x.shape[-1]
-    _norm_forward[grid](x, x0, lambdas, stream, normed, rstd, width, width, EPS=NORM_EPS, MIX=True, **options)
+    _norm_forward[grid](x, None, x0, lambdas, stream, normed, rstd, width, width, EPS=NORM_EPS, ADD=False, MIX=True, **options)
     return stream, normed, rstd
 
 
-def mix_forward(x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `nvfp8.reference.mix_forward`."""
     x, x0, lambdas = x.contiguous(), x0.contiguous(), lambdas.contiguous()
     stream, head = torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     grid, options = _launch(x)
-    _norm_forward[grid](x, x0, lambdas, stream, head, rstd, x.shape[-1], width, EPS=NORM_EPS, MIX=True, **options)
+    _norm_forward[grid](
+        x, None if pending is None else pending.contiguous(), x0, lambdas, stream, head, rstd, x.shape[-1], width,
+        EPS=NORM_EPS, ADD=pending is not None, MIX=True, **options,
+    )  # fmt: skip
     return stream, head, rstd
 
 

@@ -60,7 +60,8 @@ def call_everything() -> None:
             kernels.mix_norm_forward(x, x0, lambdas)
             kernels.mix_norm_backward(x, x, x, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x0, lambdas, rstd, x)
-            _, head, _ = kernels.mix_forward(x, x0, lambdas, 12)
+            kernels.mix_forward(x, None, x0, lambdas, 12)
+            _, head, _ = kernels.mix_forward(x, x, x0, lambdas, 12)
             kernels.mix_backward(x, x, None, x, x0, lambdas, rstd, None)
             kernels.mix_backward(x, x, head, x, x0, lambdas, rstd, x)
             heads = width // 128

@@ -92,8 +92,10 @@ def test_mix_norm(shape: tuple[int, ...], with_x0: bool, dtype: torch.dtype) -> 
 def test_mix(shape: tuple[int, ...], with_head: bool, with_x0: bool, dtype: torch.dtype) -> None:
     x, x0, d_stream, d_branch, d_x0 = (random(*shape, dtype=dtype, seed=seed) for seed in range(5))
     lambdas = torch.tensor([1.125, 0.1875], device=DEVICE)
-    twin = reference.mix_forward(x, x0, lambdas, 12)
-    compare(kernels.mix_forward(x, x0, lambdas, 12), twin, reference.mix_forward(*double(x, x0, lambdas), 12))
+    pending = random(*shape, dtype=dtype, seed=7) if with_head else None
+    twin = reference.mix_forward(x, pending, x0, lambdas, 12)
+    exact = reference.mix_forward(*double(x, pending, x0, lambdas), 12)
+    compare(kernels.mix_forward(x, pending, x0, lambdas, 12), twin, exact)
     d_head = random(*shape[:-1], 12, dtype=dtype, seed=6) if with_head else None
     arguments = (d_stream, d_branch, d_head, twin[0], x0, lambdas, twin[2], d_x0 if with_x0 else None)
     kernel, twin = kernels.mix_backward(*arguments), reference.mix_backward(*arguments)
