@@ -293,7 +293,7 @@ class GPT(nn.Module):
             name = str(layer)
             table = cast(nn.Embedding, self.value_embeds[name]).weight if name in self.value_embeds else None
             x, x0 = block.attn(x, x0, lambdas[layer], rotary, ids, table, order, backend, cache, layer)
-            x = block.mlp(x)
+            x = block.mlp(x, settle=False)
             if layer == self.config.n_layer // 2:
                 x = middle = settled(x)
         if cache is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat.build import choose_precision
+from nanochat.build import EngineOptions, choose_precision
 from nanochat.gpt import GPTConfig
 from nvfp8 import te
 from nvfp8.attention import BACKENDS, why_not
@@ -61,7 +61,7 @@ def check() -> list[Row]:
         rows += [_can(f"  recipe {name}", te.unsupported(it), it.describe()) for name, it in RECIPES.items() if name != "rowwise"]
         rows.append(Row("  recipe auto", None, best_recipe(torch.cuda.get_device_capability())))
     kind = "cuda" if cuda else "cpu"
-    precision, why = choose_precision("auto", kind)
+    precision, why = choose_precision("auto", kind, EngineOptions())
     shape = GPTConfig()  # the default model's heads and context
     for backend in BACKENDS:
         reason = why_not(backend, kind, precision.compute_dtype, shape.head_dim, shape.sequence_len)

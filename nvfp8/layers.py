@@ -186,6 +186,6 @@ class ReluSquaredMLP(nn.Module):
         self.c_fc = Linear(width, hidden, dtype)
         self.c_proj = Linear(hidden, width, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D): the stream with the MLP's branch added."""
+    def forward(self, x: Tensor, settle: bool = True) -> Tensor:
+        """(..., D) -> (..., D): the stream with the MLP's branch added, inside a GEMM, so it is settled in any case."""
         return _ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight)

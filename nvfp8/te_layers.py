@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvfp8.head import LinearCrossEntropy
-from nvfp8.layers import Pending, RMSNorm
+from nvfp8.layers import Pending, RMSNorm, settled
 from nvfp8.ops import ops
 from nvfp8.recipe import Recipe
 from nvfp8.reference import NORM_EPS
@@ -275,7 +275,7 @@ class TENormLinear(nn.Module):
 
 
 class TEMLP(nn.Module):
-    """x + c_proj(relu(c_fc(norm(x)))²) by one `te.LayerNormMLP`; the sum is left to the next layer."""
+    """x + c_proj(relu(c_fc(norm(x)))²) by one `te.LayerNormMLP`."""
 
     norm_weight: Tensor | None
 
@@ -294,9 +294,10 @@ class TEMLP(nn.Module):
 
         self.engine = _Engine(recipe, make, {"fc1_weight": (c_fc,), "fc2_weight": (c_proj,)}, fp8_weights, self)
 
-    def forward(self, x: Tensor) -> Pending:
-        """(..., D) -> the stream and the MLP's branch, (..., D) each."""
-        return Pending(x, self.engine(x))
+    def forward(self, x: Tensor, settle: bool = True) -> Tensor | Pending:
+        """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
+        pending = Pending(x, self.engine(x))
+        return settled(pending) if settle else pending
 
 
 def _register_norm_weight(module: nn.Module, width: int | None) -> None:
@@ -353,8 +354,8 @@ class SeparateMLP(nn.Module):
         super().__init__()
         self.norm, self.c_fc, self.c_proj = RMSNorm(), c_fc, c_proj
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, settle: bool = True) -> Tensor:
+        """(..., D) -> (..., D), settled in any case."""
         out: Tensor = self.c_proj(self.c_fc(self.norm(x)).relu().square(), add_to=x)
         return out
 

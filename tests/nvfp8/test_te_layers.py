@@ -2,9 +2,11 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvfp8 import te
@@ -58,7 +60,7 @@ def run(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
     stream, x0, head, qkv = made["qkv"](made["norm"](x), x0, lambdas, 12)
     q, k, v = qkv.split(WIDTH, -1)
     mixed = q + v * head.mean(-1, keepdim=True).sigmoid() + k
-    x = made["mlp"](made["c_proj"](mixed, add_to=stream))
+    x = made["mlp"](made["c_proj"](mixed, add_to=stream), settle=False)
     # Once more in front of the next block, which adds what the MLP left pending.
     stream, x0, _, projected = made["next"](x, x0, lambdas, 12)
     out = stream + 0.1 * projected + 0.1 * x0
@@ -223,6 +225,34 @@ class TestEngine:
             run(made, given)
         with pytest.raises(ValueError, match="remembers 16 amaxes, the recipe 4"):
             other["mlp"].engine.load_scaling_state(made["mlp"].engine.scaling_state())
+
+
+def worker(rank: int, directory: str) -> None:
+    """One of two processes on one GPU, over Gloo: a step of its own data, then the scaling state to a file."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    precision = te_precision(RECIPES["delayed"])
+    made, given = block(precision, "cuda"), inputs("cuda", torch.bfloat16)
+    with torch.no_grad():
+        given[0].mul_(1 + 3 * rank)
+        given[3].mul_(1 + 3 * rank)
+    for _ in range(2):
+        with precision.autocast(1 / TOKENS):
+            loss = run(made, given)
+        loss.backward()
+    torch.save(made["mlp"].engine.scaling_state(), f"{directory}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+class TestRanks:
+    pytestmark = needs_engine
+
+    def test_amaxes_are_reduced_over_ranks(self, tmp_path: Path) -> None:
+        torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+        one, other = (torch.load(tmp_path / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(2))
+        # The newest amaxes, of activations and gradients that differ between the ranks, were replaced by the larger.
+        for what in ("scale_fwd", "scale_bwd", "amax_history_fwd", "amax_history_bwd"):
+            assert torch.equal(one[what], other[what]), what
+        assert one["amax_history_bwd"].max() > 0
 
 
 @pytest.fixture
