@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from nvfp8.precision import Precision, TEPrecision, bf16, fp32
 from nvfp8.precision import te as te_precision
 from nvfp8.recipe import RECIPES, recipe
 
+ROOT = Path(__file__).parents[2]
 WIDTH, HIDDEN, TOKENS = 256, 1024, 512
 needs_engine = [pytest.mark.gpu, pytest.mark.skipif(te.unavailable() is not None, reason=str(te.unavailable()))]
 
@@ -247,7 +251,12 @@ class TestRanks:
     pytestmark = needs_engine
 
     def test_amaxes_are_reduced_over_ranks(self, tmp_path: Path) -> None:
-        torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
+        processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
         one, other = (torch.load(tmp_path / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(2))
         # The newest amaxes, of activations and gradients that differ between the ranks, were replaced by the larger.
         for what in ("scale_fwd", "scale_bwd", "amax_history_fwd", "amax_history_bwd"):
@@ -296,3 +305,7 @@ def test_what_runs_where_is_told() -> None:
     told = te_precision(RECIPES["delayed"]).describe()
     assert told["q, k, v"] == "te.LayerNormLinear, one GEMM" and told["recipe"].startswith("delayed: fprop e4m3×e4m3")
     assert isinstance(te_precision(RECIPES["delayed"]), TEPrecision)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])
