@@ -43,7 +43,9 @@ class EngineOptions:
     norm_weight: bool = False
 
 
-def choose_precision(name: str, device_type: str, options: EngineOptions | None = None) -> tuple[Precision, str]:
+def choose_precision(
+    name: str, device_type: str, options: EngineOptions | None = None, shape: tuple[int, int] | None = None
+) -> tuple[Precision, str]:
     """The precision a run computes in, and why in a few words.
 
     Args:
@@ -51,42 +53,49 @@ def choose_precision(name: str, device_type: str, options: EngineOptions | None 
             trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32.
         device_type: "cuda" or "cpu".
         options: for Transformer Engine.
+        shape: tokens of a micro-batch and width, which "auto" respects; None where nothing is trained.
 
     Raises:
         BadInput: the device cannot run it, or an option is not one.
     """
     native = device_type == "cuda" and missing("bf16", torch.cuda.get_device_capability()) is None
     if name == "te":
-        return _transformer_engine(device_type, options or EngineOptions()), "asked for"
+        chosen = _transformer_engine(device_type, options or EngineOptions())
+        if isinstance(chosen, str):
+            raise BadInput(f"--precision te: {chosen}, or --precision bf16")
+        return chosen, "asked for"
     if options not in (None, EngineOptions()) and name != "auto":
         raise BadInput(f"--recipe and the --te flags go with --precision te, not with {name}")
     if name == "auto":
+        why = "this GPU computes in bf16" if native else "no bf16 GPU here"
         if options is not None and device_type == "cuda":
-            reason = te.unavailable()
-            if reason is None:
-                return _transformer_engine(device_type, options), "Transformer Engine is installed and this GPU computes in FP8"
+            chosen = _transformer_engine(device_type, options)
+            refusal = chosen if isinstance(chosen, str) else chosen.refuses(*shape) if shape else None
+            if isinstance(chosen, Precision) and refusal is None:
+                return chosen, "Transformer Engine is installed and this GPU computes in FP8"
             if options != EngineOptions():
-                raise BadInput(f"--recipe and the --te flags need Transformer Engine: {reason}")
-            if native:
-                return bf16(), f"this GPU computes in bf16; no FP8, since {reason}"
-        return (bf16(), "this GPU computes in bf16") if native else (fp32(), "no bf16 GPU here")
+                raise BadInput(f"--recipe and the --te flags need Transformer Engine: {refusal}")
+            why += f"; no FP8: {refusal}"
+        return (bf16() if native else fp32()), why
     if name == "bf16" and device_type == "cuda" and not native:
         raise BadInput(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16 units; use --precision fp32")
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
 
 
-def _transformer_engine(device_type: str, options: EngineOptions) -> Precision:
+def _transformer_engine(device_type: str, options: EngineOptions) -> Precision | str:
+    """Return the precision, or why it cannot be had here, with what to do instead."""
     try:
-        chosen = parse_recipe(options.recipe if options.recipe != "auto" else "delayed")
+        chosen = parse_recipe("delayed" if options.recipe == "auto" else options.recipe)
         reason = "it needs a CUDA device" if device_type != "cuda" else te.unavailable()
         if reason is not None:
-            raise BadInput(f"--precision te: {reason}; or use --precision bf16")
-        best = best_recipe(torch.cuda.get_device_capability())
+            return reason
+        best = parse_recipe(best_recipe(torch.cuda.get_device_capability()))
         if options.recipe == "auto":
-            chosen = parse_recipe(best)
+            chosen = best
         reason = te.unsupported(chosen)
         if reason is not None:
-            raise BadInput(f"--recipe {chosen.name}: {reason}; use --recipe {best} here")
+            usable = best != chosen and te.unsupported(best) is None
+            return f"recipe {chosen.name}: {reason}" + (f"; use --recipe {best.name} here" if usable else "")
         return te_precision(
             chosen, layers=options.layers, te_head=options.head == "te", weights=options.weights, norm_weight=options.norm_weight
         )

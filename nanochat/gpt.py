@@ -9,7 +9,7 @@ Letters: B batch, T sequence, D width, H query heads, K key/value heads, E head 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nvfp8.attention import causal_attention, choose_backend, passed_over, proje
 from nvfp8.embedding import TokenOrder, embedding, token_order
 from nvfp8.layers import Pending, settled
 from nvfp8.precision import Precision
+from nvfp8.te_engine import Engine
 
 ROTARY_BASE = 100_000
 SOFTCAP = 15.0
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         self.c_v = precision.linear(config.n_embd, kv_width)
         self.c_proj = precision.linear(config.n_embd, config.n_embd)
         if config.has_value_embedding(layer):
-            self.ve_gate = precision.linear(GATE_CHANNELS, config.n_kv_head)
+            self.ve_gate = precision.gate(GATE_CHANNELS, config.n_kv_head)
         self.qkv = precision.norm_linear(self.c_q, self.c_k, self.c_v)
 
     def forward(
@@ -179,7 +180,7 @@ class GPT(nn.Module):
         self.lm_head = precision.head(config.n_embd, config.vocab_size, config.padded_vocab, SOFTCAP)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.smear_gate = precision.linear(SMEAR_CHANNELS, 1)
+        self.smear_gate = precision.gate(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
         kv_width = config.n_kv_head * config.head_dim
@@ -354,15 +355,27 @@ class GPT(nn.Module):
         Raises:
             ValueError: it is of another precision; the message says what differs.
         """
-        by_layer: dict[str, dict[str, Tensor]] = {}
+        engines = self._engines()
+        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in engines}
         for key, value in saved.items():
             name, _, what = key.rpartition(".")
+            if engines and name not in engines:
+                raise ValueError(f"the scaling state is of a layer {name} that this precision has not")
             by_layer.setdefault(name, {})[what] = value
-        for name, engine in self._engines().items():
-            engine.load_scaling_state(by_layer.get(name, {}))
+        for name, engine in engines.items():
+            try:
+                if saved:
+                    engine.load_scaling_state(by_layer[name])
+            except ValueError as error:
+                raise ValueError(f"the scaling state of {name}: {error}") from error
 
-    def _engines(self) -> dict[str, Any]:
-        return {name: module.engine for name, module in self.named_modules() if hasattr(module, "engine")}
+    def forget_nonfinite(self) -> None:
+        """After a step that was not applied: what FP8 layers saw in it that was not finite is no magnitude to go by."""
+        for engine in self._engines().values():
+            engine.forget_nonfinite()
+
+    def _engines(self) -> dict[str, Engine]:
+        return {name: m.engine for name, m in self.named_modules() if isinstance(getattr(m, "engine", None), Engine)}
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by group and in total; depends on the shape alone, whatever the precision."""

@@ -8,6 +8,7 @@ from nanochat import schedule
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train_config import TrainConfig
+from nvfp8.precision import fp32
 
 # Hyperparameters were tuned at this depth; batch and weight decay are scaled from it.
 REFERENCE_DEPTH = 12
@@ -49,11 +50,10 @@ def make_plan(config: TrainConfig, model: GPT, world: int) -> Plan:
     except ValueError as error:
         raise BadInput(f"the scaling rules' reference of depth {REFERENCE_DEPTH} cannot be built: {error}") from error
     with torch.device("meta"):
-        reference = _scaling_parameters(GPT(shape, model.precision))
-    tokens = config.device_batch_size * config.max_seq_len
-    refusal = model.precision.refuses(tokens)
+        reference = _scaling_parameters(GPT(shape, fp32()))
+    refusal = model.precision.refuses(config.device_batch_size * config.max_seq_len, model.config.n_embd)
     if refusal is not None:
-        raise BadInput(f"--device-batch-size x --max-seq-len is {tokens:,} tokens: {refusal}")
+        raise BadInput(f"{refusal}: change --device-batch-size, --max-seq-len or the width, or use --precision bf16")
     scaling = _scaling_parameters(model)
     batch = config.total_batch_size if config.total_batch_size != -1 else schedule.batch_tokens(scaling, reference)
     accumulation = schedule.accumulation_steps(batch, config.device_batch_size, config.max_seq_len, world)

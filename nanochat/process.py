@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from nvfp8 import te
+
 _memory: Any = torch.utils.deterministic  # its attribute is a property that type checkers do not see
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """At the end of the block the garbage collector, torch's determinism and cuBLAS's are set as they were at its beginning."""
+    """At the end of the block the garbage collector, torch's determinism, cuBLAS's and Transformer Engine's are as before it."""
     collecting, workspace = gc.isenabled(), os.environ.get(_WORKSPACE)
     deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = _memory.fill_uninitialized_memory
@@ -28,6 +30,7 @@ def restored() -> Iterator[None]:
         _memory.fill_uninitialized_memory = fill
         if workspace is None:
             os.environ.pop(_WORKSPACE, None)
+        te.reset()
 
 
 def make_deterministic() -> None:

@@ -77,12 +77,13 @@ class Run:
         self.metrics: Metrics | None = None
         self.failure: Exception | None = None
         with parallel.together():
-            precision, why = choose_precision(config.precision, world.device.type, config.engine)
-            check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
             self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
             source = resolve(config.data)
+            shape, tokens = self._shape(), config.device_batch_size * config.max_seq_len
+            precision, why = choose_precision(config.precision, world.device.type, config.engine, (tokens, shape.n_embd))
+            check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)
-            self.model = build_model(self._shape(), precision, world.device, config.attention, config.seed)
+            self.model = build_model(shape, precision, world.device, config.attention, config.seed)
             self.plan = make_plan(config, self.model, world.size)
         say = print if world.rank == 0 else lambda line: None
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
@@ -296,6 +297,8 @@ class Run:
         multiplier = schedule.lr_multiplier(step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac)
         if bad is None:
             self._update(multiplier)
+        else:
+            self.model.forget_nonfinite()
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -423,7 +426,9 @@ def _backward_position(name: str) -> int:
     """Where backward reaches a parameter: head, blocks from last to first (MLP, attention), then what feeds the first."""
     if name.startswith("lm_head."):
         return -sys.maxsize
-    return -2 * int(name.split(".")[2]) - (".mlp." in name) if name.startswith("transformer.h.") else 1
+    if name.startswith("transformer.h."):
+        return -2 * int(name.split(".")[2]) - (".mlp." in name)
+    return -sys.maxsize + 1 if name.startswith("ln_f.") else 1
 
 
 def train(config: TrainConfig) -> None:

@@ -39,16 +39,16 @@ class _ProjectHeads(torch.autograd.Function):
         gate: Tensor | None, table: Tensor | None, ids: Tensor | None, order: TokenOrder | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
-        ctx.save_for_backward(q, k, rstd, cos, sin, gate, ids)
+        ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)  # the table too: autograd sees if it changes
         ctx.table, ctx.order = table, order
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, rstd, cos, sin, gate, ids = ctx.saved_tensors
+        q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, ctx.table, ids)
+        d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
         if ctx.table is not None and ctx.table.requires_grad:
             add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids))
         return d_qkv, None, None, None, d_gate, None, None, None

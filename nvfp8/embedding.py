@@ -4,8 +4,8 @@ PyTorch's backward of an embedding sorts the tokens again for every table, makes
 to the one before: 0.5 ms and 400 MiB a table at 32,768 entries of 1,536, 13 tables at d24. Here the tokens are sorted
 once, and each table's gradient is added in place, only where a token occurs.
 
-That is why autograd is handed no gradient for a table: `.grad` of the Parameter itself is what backward writes. So hooks on a
-table's gradient (as DistributedDataParallel sets them) see nothing, and `torch.autograd.grad` does not know it.
+That is why autograd is handed no gradient for a table: whatever runs backward, `torch.autograd.grad` of something else included,
+writes `.grad` of the Parameter itself. `torch.autograd.grad` of a table is an error, and hooks on its gradient do not see it.
 """
 
 from typing import Any, NamedTuple

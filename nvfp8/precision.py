@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from nvfp8 import te_layers
+from nvfp8 import te_engine, te_layers
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
 from nvfp8.recipe import RECIPES, Recipe
@@ -48,6 +48,10 @@ class Precision:
         """A projection that can add into the residual stream."""
         return Linear(in_features, out_features, self.matrix_dtype)
 
+    def gate(self, in_features: int, out_features: int) -> Linear:
+        """A projection of a few channels, never in a format that needs multiples of 16."""
+        return Linear(in_features, out_features, self.matrix_dtype)
+
     def norm_linear(self, *projections: Projection) -> JoinedProjections:
         """Residual mix and norm in front of `projections`, which run as one GEMM."""
         return NormLinear(*cast(tuple[Linear, ...], projections))
@@ -68,8 +72,8 @@ class Precision:
         """
         return contextlib.nullcontext()
 
-    def refuses(self, tokens: int) -> str | None:
-        """Why micro-batches of `tokens` tokens cannot be trained, or None where they can."""
+    def refuses(self, tokens: int, width: int) -> str | None:
+        """Why micro-batches of `tokens` tokens of `width` channels cannot be trained, or None where they can."""
         return None
 
     def describe(self) -> dict[str, str]:
@@ -120,9 +124,7 @@ class TEPrecision(Precision):
         return te_layers.TERMSNorm(width, self.norm_weight)
 
     def linear(self, in_features: int, out_features: int) -> Projection:
-        """`te.Linear`; a gate of a few channels, which FP8 GEMMs do not take, is bf16."""
-        if in_features % 16 or out_features % 16:
-            return Linear(in_features, out_features, self.matrix_dtype)
+        """`te.Linear`."""
         return te_layers.TELinear(in_features, out_features, self.recipe, self.matrix_dtype, self.weights == "fp8")
 
     def norm_linear(self, *projections: Projection) -> JoinedProjections:
@@ -150,12 +152,15 @@ class TEPrecision(Precision):
 
     def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
         """Transformer Engine's autocast with this recipe."""
-        return te_layers.autocast(self.recipe, loss_scale)
+        return te_engine.autocast(self.recipe, loss_scale)
 
-    def refuses(self, tokens: int) -> str | None:
-        """FP8 GEMMs want multiples of 16 tokens, scalings by block of 128."""
+    def refuses(self, tokens: int, width: int) -> str | None:
+        """FP8 GEMMs want multiples of 16, scalings by block of 128, in every dimension."""
         multiple = 16 if self.recipe.fprop.left.scaling in ("delayed", "current") else 128
-        return f"recipe {self.recipe.name} needs a multiple of {multiple} tokens" if tokens % multiple else None
+        for count, what in ((tokens, "tokens a micro-batch"), (width, "channels")):
+            if count % multiple:
+                return f"recipe {self.recipe.name} needs a multiple of {multiple} {what}, not {count:,}"
+        return None
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
@@ -167,8 +172,9 @@ class TEPrecision(Precision):
             "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
             "head": "te.Linear, whole logits" if self.te_head else "bf16 operands in chunks",
             "gates": "bf16",
-            "evaluation": "bf16",
-            "FP8 copies": "only, of fp32 matrices" if self.weights == "fp8" else "made once a step",
+            "evaluation": "bf16 on FP8 weights" if self.weights == "fp8" else "bf16",
+            "weights in FP8": "only, of fp32 matrices" if self.weights == "fp8" else "copies, made once a step",
+            "gradients of matrices": "bf16, summed over micro-batches in bf16",
             "norm scales": "learned" if self.norm_weight else "none",
             **self._storage(),
         }

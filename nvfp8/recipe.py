@@ -112,14 +112,23 @@ class Recipe:
             raise ValueError(f"interval {self.interval}: scales are updated every step (Transformer Engine ignores it): use 1")
         if self.amax_history_len < 1:
             raise ValueError(f"amax_history_len is {self.amax_history_len}: it must be at least 1")
+        if self.margin < 0:
+            raise ValueError(f"margin is {self.margin}: below 0 every scale would overflow")
         if self.amax_compute_algo not in ("max", "most_recent"):
             raise ValueError(f"amax_compute_algo {self.amax_compute_algo!r}: choose max or most_recent")
+        history = (self.margin, self.amax_history_len, self.amax_compute_algo)
+        if history != (0, 16, "max") and not any(operand.scaling == "delayed" for operand in self.operands):
+            raise ValueError(f"recipe {self.name!r} has no history: margin, amax_history_len and amax_compute_algo go with delayed")
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Both of fprop, dgrad and wgrad."""
+        return tuple(operand for gemm in (self.fprop, self.dgrad, self.wgrad) for operand in (gemm.left, gemm.right))
 
     @property
     def features(self) -> tuple[str, ...]:
         """What a device must have, names of `nvfp8.hardware.FEATURES`, sorted."""
-        operands = [operand for gemm in (self.fprop, self.dgrad, self.wgrad) for operand in (gemm.left, gemm.right)]
-        return tuple(sorted({_FEATURES[operand.scaling] for operand in operands if operand.scaling != "none"}))
+        return tuple(sorted({_FEATURES[operand.scaling] for operand in self.operands if operand.scaling != "none"}))
 
     def describe(self) -> str:
         """One line: the three GEMMs with formats, scaling and accumulation."""

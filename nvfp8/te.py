@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,21 @@ from nvfp8.recipe import RECIPES, Recipe
 
 # Written against this release; earlier ones lack `te.autocast` and the srelu activation.
 MINIMUM = (2, 20)
+# Transformer Engine takes defaults of its recipes from these, so what runs would not be what was asked for and printed.
+_OVERRIDES = (
+    "NVTE_BACKWARD_OVERRIDE", "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES",
+    "NVTE_NVFP4_DISABLE_RHT", "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING", "NVTE_NVFP4_DISABLE_2D_QUANTIZATION",
+    "NVTE_NVFP4_ROW_SCALED_ACTIVATION", "NVTE_NVFP4_4OVER6",
+)  # fmt: skip
+_NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 INSTALL = "pip install -c constraints.txt -e '.[te]' on a machine with CUDA"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @cache
@@ -26,16 +41,19 @@ def unavailable() -> str | None:
     """Why Transformer Engine cannot be used here, with what to do about it; None where it can."""
     if importlib.util.find_spec("transformer_engine") is None:
         return f"transformer-engine is not installed: {INSTALL}"
-    try:
-        version = importlib.metadata.version("transformer-engine")
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.metadata.version("transformer-engine-torch")
+    version = next(filter(None, map(_version, ("transformer-engine", "transformer-engine-torch"))), "of unknown version")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) < MINIMUM:
         return f"transformer-engine is {version}, {MINIMUM[0]}.{MINIMUM[1]} or later is needed: {INSTALL}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return missing("fp8", torch.cuda.get_device_capability())
+    reason = missing("fp8", torch.cuda.get_device_capability())
+    if reason is None:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"transformer-engine is installed but cannot be imported ({error}): {INSTALL}"
+    return reason
 
 
 def engine() -> Any:
@@ -48,10 +66,19 @@ def engine() -> Any:
     if reason is not None:
         raise RuntimeError(reason)
     if torch.are_deterministic_algorithms_enabled():
-        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # read where an algorithm is chosen
+        os.environ[_NONDETERMINISTIC] = "0"  # read where an algorithm is chosen
     import transformer_engine.pytorch as te
 
     return te
+
+
+def reset() -> None:
+    """Forget all modules: Transformer Engine updates the histories of every one that ever ran, and reduces them over ranks."""
+    os.environ.pop(_NONDETERMINISTIC, None)
+    if "transformer_engine.pytorch" in sys.modules:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
 
 
 def unsupported(recipe: Recipe) -> str | None:
@@ -82,8 +109,11 @@ def _kind(recipe: Recipe) -> str:
     """Which named recipe's GEMMs these are, among those Transformer Engine has.
 
     Raises:
-        ValueError: none; the message names the GEMM that differs from the nearest.
+        ValueError: none, the message names the GEMM that differs from the nearest; or a variable would change what it runs.
     """
+    overridden = next((name for name in _OVERRIDES if name in os.environ), None)
+    if overridden is not None:
+        _refuse(f"{overridden} is set and would change the recipe behind its name: unset it")
     gemms = ("fprop", "dgrad", "wgrad")
     offered = [known for known in RECIPES.values() if known.name != "rowwise"]
     for known in offered:
@@ -107,7 +137,7 @@ def te_recipe(recipe: Recipe) -> Any:
     NVFP4's random Hadamard transform and stochastic rounding are left out from compute capability 12.0 on, which lacks them.
 
     Raises:
-        ValueError: Transformer Engine has no such combination; the message names the field.
+        ValueError: Transformer Engine has no such combination, or a variable of its own would change it; the message names it.
         RuntimeError: it cannot be used here.
     """
     engine()

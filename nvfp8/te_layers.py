@@ -1,24 +1,17 @@
 """Transformer Engine's fused modules as layers of a `Precision`, with the parameters every other precision has.
 
-What holds parameters and what computes with them are two things here. A layer holds its weights under nanochat's names, in bf16,
-on any device, meta included. Transformer Engine's module is built around those very Parameters at the first forward pass. It
-is no submodule, so neither its gamma nor its `_extra_state`, a pickle, enters the state_dict.
-
 What makes this faster than swapping `nn.Linear` for `te.Linear`:
 
 * norm, quantization, GEMM and relu² are Transformer Engine's fused modules; the residual mix in front of them is one kernel
-  each way that keeps nothing, and rotary, QK norm and value embedding are another (`nvfp8.attention.project_heads`);
+  each way that keeps only what those modules keep anyway, and rotary, QK norm and value embedding are another
+  (`nvfp8.attention.project_heads`);
 * c_q, c_k and c_v are views of one buffer, so three projections are one GEMM and nothing is concatenated;
-* a weight is cast to FP8 when it has changed (its version counter says so), once a step rather than once a micro-batch.
+* the MLP's branch is added to the stream by the next block's mix, which reads both anyway;
+* weights are cast once a step (`nvfp8/te_engine.py`).
 
-Delayed scaling begins with scale 1, which is no scale: gradients of 1e-8 are all zero in E5M2, and weights that start at zero
-outgrow each scale before it is used. So gradients begin with a scale that follows from the loss's, and a weight takes the
-scale of its own amax whenever it is cast; activations and later gradients have their history.
+`Separate…` are the same layers with nothing fused: what swapping each Linear amounts to, for comparison.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,176 +24,8 @@ from nvfp8.layers import Pending, RMSNorm, settled
 from nvfp8.ops import ops
 from nvfp8.recipe import Recipe
 from nvfp8.reference import NORM_EPS
-from nvfp8.te import engine, te_recipe
-
-# One token's loss has a gradient of at most `loss_scale`: 64 of them are put at 1, amid E5M2's range of 2^-16 … 2^15.
-_GRADIENTS_AT_ONE = 64
-_loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)
-# Rows of a module's scaling state that belong to its weights (`transformer_engine.pytorch.constants.FP8FwdTensorIdx`).
-_WEIGHT_ROWS = (1, 4)
-STATE = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
-
-
-@contextlib.contextmanager
-def autocast(recipe: Recipe, loss_scale: float) -> Iterator[None]:
-    """Run layers of this file in FP8; around forward and loss, backward outside. Amaxes are reduced over all ranks.
-
-    Args:
-        recipe: of all of them.
-        loss_scale: gradient of a single token's loss, such as 1 / (tokens · accumulation steps).
-    """
-    token = _loss_scale.set(loss_scale)
-    try:
-        with engine().autocast(enabled=True, recipe=te_recipe(recipe)):
-            yield
-    finally:
-        _loss_scale.reset(token)
-
-
-class _Engine:
-    """A module of Transformer Engine around weights that layers of ours hold, and the scaling state it adds."""
-
-    def __init__(
-        self, recipe: Recipe, make: Callable[..., Any], weights: Mapping[str, tuple[Any, ...]],
-        fp8_weights: bool, norm: Any = None,
-    ):  # fmt: skip
-        """Build nothing yet.
-
-        Args:
-            recipe: of its GEMMs.
-            make: takes Transformer Engine and a device, returns the module.
-            weights: the module's name of a weight -> the layers whose `.weight` it is; several are stacked.
-            fp8_weights: the module holds its weights in FP8 only, quantized from the layers' whenever those change.
-            norm: holds `norm_weight`, the norm's learnable scale, or None in its place.
-        """
-        self.recipe, self.make, self.weights, self.fp8_weights, self.norm = recipe, make, weights, fp8_weights, norm
-        self.module: Any = None
-        self._built_around: list[Tensor] = []
-        self._versions: list[int] = []
-        self._restored: dict[str, Tensor] = {}
-        self._without_history = False
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor) -> Any:
-        """Run the module: in FP8 inside `autocast`, otherwise in bf16, which leaves the scaling state as it is."""
-        parameters = self._parameters()
-        if list(map(id, parameters)) != list(map(id, self._built_around)):
-            self._build(parameters)
-        loss_scale = _loss_scale.get()
-        if loss_scale is None and not self.fp8_weights:
-            return self.module(x)
-        if loss_scale is not None and self._without_history:
-            self.module.fp8_meta["scaling_bwd"].scale.fill_(_GRADIENTS_AT_ONE / loss_scale)
-            self._without_history = False
-        versions = [parameter._version for parameter in parameters]
-        changed, self._versions = versions != self._versions, versions
-        if changed:
-            self._rescale_weights()
-        return self.module(x, is_first_microbatch=None if self.fp8_weights else changed)
-
-    def _parameters(self) -> list[Tensor]:
-        return [holder.weight for holders in self.weights.values() for holder in holders]
-
-    @torch.no_grad()
-    def _build(self, parameters: list[Tensor]) -> None:
-        te, device = engine(), parameters[0].device
-        # Parameters may be others than before, such as after load_state_dict(assign=True): the history goes on.
-        history = self.scaling_state()
-        quantized = te.quantized_model_init(enabled=True, recipe=te_recipe(self.recipe))
-        with quantized if self.fp8_weights else contextlib.nullcontext():
-            self.module = module = self.make(te, device if self.fp8_weights else "meta")
-        for name, holders in self.weights.items():
-            if self.fp8_weights:
-                getattr(module, name).register_post_accumulate_grad_hook(_hand_over(holders))
-            elif len(holders) == 1:
-                module.register_parameter(name, holders[0].weight)
-            else:
-                _share_one_buffer(holders)
-                for part, holder in zip(module.weight_names, holders, strict=True):
-                    module.register_parameter(part, holder.weight)
-        if self.norm is not None:
-            gamma = self.norm.norm_weight
-            if gamma is None:
-                ones = torch.ones(module.layer_norm_weight.shape, dtype=torch.bfloat16, device=device)
-                gamma = nn.Parameter(ones, requires_grad=False)
-            module.register_parameter("layer_norm_weight", gamma)
-        self._built_around, self._versions = parameters, []
-        with te.autocast(enabled=True, recipe=te_recipe(self.recipe)):
-            module.init_fp8_metadata(num_gemms=len(self.weights))
-        self._without_history = self._delayed and not history
-        for name, value in history.items():
-            self.scaling_state()[name].copy_(value)
-
-    @property
-    def _delayed(self) -> bool:
-        return self.recipe.fprop.left.scaling == "delayed"
-
-    @torch.no_grad()
-    def _rescale_weights(self) -> None:
-        """Give every changed weight the scale of its own amax, and quantize it where the module holds no other copy."""
-        for row, (name, holders) in zip(_WEIGHT_ROWS, self.weights.items(), strict=False):
-            parts = [holder.weight.detach() for holder in holders]
-            if self._delayed:
-                amax = torch.stack(torch._foreach_norm(parts, float("inf"))).max().float()
-                scale = self.module.fp8_meta["scaling_fwd"].scale[row]
-                largest = self.module.fp8_meta["fp8_max_fwd"] / 2**self.recipe.margin
-                scale.copy_(torch.where(amax > 0, largest / amax, scale))
-            if self.fp8_weights:
-                getattr(self.module, name).quantize_(torch.cat(parts).bfloat16())
-
-    def scaling_state(self) -> dict[str, Tensor]:
-        """Scale and amax history of delayed scaling, forward and backward, not copies; empty for other recipes.
-
-        fp32: scales (3 or 6,) and (2 or 4,), histories (amax_history_len, as many).
-        """
-        if not self._delayed:
-            return {}
-        if self.module is None:
-            return self._restored
-        forward, backward = self.module.fp8_meta["scaling_fwd"], self.module.fp8_meta["scaling_bwd"]
-        return dict(zip(STATE, (forward.scale, forward.amax_history, backward.scale, backward.amax_history), strict=True))
-
-    def load_scaling_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over what `scaling_state` returned elsewhere.
-
-        Raises:
-            ValueError: a tensor is missing or has another shape than this recipe needs.
-        """
-        if not self._delayed or not saved:
-            return
-        missing = [name for name in STATE if name not in saved]
-        if missing:
-            raise ValueError(f"the scaling state lacks {missing[0]}")
-        length = saved["amax_history_fwd"].shape[0]
-        if length != self.recipe.amax_history_len:
-            raise ValueError(f"the scaling state remembers {length} amaxes, the recipe {self.recipe.amax_history_len}")
-        self._restored = {name: saved[name] for name in STATE}
-        if self.module is not None:
-            for name, tensor in self.scaling_state().items():
-                tensor.copy_(saved[name])
-            self._without_history = False
-
-
-def _share_one_buffer(holders: tuple[Any, ...]) -> None:
-    """Make the holders' weights views of one buffer, so that stacking them is a view as well."""
-    buffer = torch.cat([holder.weight.detach() for holder in holders])
-    for holder, part in zip(holders, buffer.split([len(holder.weight) for holder in holders]), strict=True):
-        holder.weight.data = part
-
-
-def _hand_over(holders: tuple[Any, ...]) -> Callable[[Tensor], None]:
-    """A hook that moves the gradient of an FP8 weight to the weights it was quantized from."""
-    for holder in holders:
-        holder.weight.grad_dtype = torch.bfloat16  # fp32 weights, gradients as the GEMM wrote them
-
-    def hook(weight: Tensor) -> None:
-        assert weight.grad is not None
-        parts = weight.grad.split([len(holder.weight) for holder in holders])
-        weight.grad = None
-        for holder, part in zip(holders, parts, strict=True):
-            holder.weight.grad = part if holder.weight.grad is None else holder.weight.grad.add_(part)
-
-    return hook
+from nvfp8.te import engine
+from nvfp8.te_engine import Engine
 
 
 class TELinear(nn.Module):
@@ -214,7 +39,7 @@ class TELinear(nn.Module):
         def make(te: Any, device: Any) -> Any:
             return te.Linear(in_features, out_features, bias=False, params_dtype=torch.bfloat16, device=device)
 
-        self.engine = _Engine(recipe, make, {"weight": (self,)}, fp8_weights)
+        self.engine = Engine(recipe, make, {"weight": (self,)}, fp8_weights)
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """(..., in_features) bf16 -> (..., out_features), plus `add_to` where given."""
@@ -265,7 +90,7 @@ class TENormLinear(nn.Module):
                 parameters_split=None if fp8_weights or len(sizes) == 1 else sizes, device=device,
             )  # fmt: skip
 
-        self.engine = _Engine(recipe, make, {"weight": projections}, fp8_weights, self)
+        self.engine = Engine(recipe, make, {"weight": projections}, fp8_weights, self)
 
     def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `nvfp8.layers.NormLinear`; x̂[..., :width] is without the norm's learnable scale."""
@@ -292,7 +117,7 @@ class TEMLP(nn.Module):
                 params_dtype=torch.bfloat16, device=device,
             )  # fmt: skip
 
-        self.engine = _Engine(recipe, make, {"fc1_weight": (c_fc,), "fc2_weight": (c_proj,)}, fp8_weights, self)
+        self.engine = Engine(recipe, make, {"fc1_weight": (c_fc,), "fc2_weight": (c_proj,)}, fp8_weights, self)
 
     def forward(self, x: Tensor, settle: bool = True) -> Tensor | Pending:
         """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
@@ -319,8 +144,10 @@ class TERMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) bf16 -> (..., D)."""
-        if not self._module or (self.norm_weight is not None and self._module[0].weight is not self.norm_weight):
-            module = engine().RMSNorm(self.width, eps=NORM_EPS, dtype=torch.bfloat16, device=x.device)
+        held = self._module[0].weight if self._module else None
+        if held is None or held.device != x.device or (self.norm_weight is not None and held is not self.norm_weight):
+            with torch.inference_mode(False):  # what is built while generating must be trainable later
+                module = engine().RMSNorm(self.width, eps=NORM_EPS, dtype=torch.bfloat16, device=x.device)
             if self.norm_weight is None:
                 module.weight.requires_grad_(False)
             else:
@@ -388,7 +215,7 @@ class TEHead(LinearCrossEntropy):
         def make(te: Any, device: Any) -> Any:
             return te.Linear(width, padded_vocab, bias=False, params_dtype=torch.bfloat16, device=device)
 
-        self.engine = _Engine(recipe, make, {"weight": (self,)}, fp8_weights=False)
+        self.engine = Engine(recipe, make, {"weight": (self,)}, fp8_weights=False)
 
     def loss(self, x: Tensor, targets: Tensor, scale: float) -> Tensor:
         """As `LinearCrossEntropy.loss`; without gradients it is computed from chunks, in bf16."""

@@ -45,7 +45,10 @@ def export_nanochat(source: Path, step: int | None, target: Path) -> Path:
     if "model_config" not in found.state:
         raise BadInput(f"{found.path / 'state.json'} has no model_config: not a checkpoint of a GPT")
     meta = found.state.get("nanochat_meta") or {name: found.state[name] for name in META if name in found.state}
-    return export_model(target, found.step, found.model(), found.state["model_config"], meta)
+    weights, optimizer = found.model(), found.optimizer()
+    # What is stored below fp32 has a master with the optimizer's state.
+    exact = {name: optimizer.get(f"{name}.master", weight) for name, weight in weights.items()}
+    return export_model(target, found.step, exact, found.state["model_config"], meta)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 from nanochat import errors
 from nanochat.machine import Row, check
 from nvfp8 import attention, te
+from nvfp8.recipe import RECIPES
 from scripts import dry_run
 
 
@@ -71,3 +72,21 @@ def test_transformer_engine_of_another_version_is_refused(monkeypatch: pytest.Mo
     assert "transformer-engine is 2.9.1, 2.20 or later is needed: pip install" in str(te.unavailable())
     with pytest.raises(RuntimeError, match=r"2\.20 or later"):
         te.unsupported(te.Recipe)  # type: ignore[arg-type]
+
+
+def test_transformer_engine_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libcublasLt.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(te.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(te.importlib.metadata, "version", lambda _: "2.20.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(te.importlib, "import_module", broken)
+    assert "cannot be imported (libcublasLt.so.13: cannot open" in str(te.unavailable())
+
+
+def test_a_variable_that_would_change_a_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(te, "engine", lambda: None)
+    monkeypatch.setenv("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "1")
+    assert "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES is set" in str(te.unsupported(RECIPES["current"]))

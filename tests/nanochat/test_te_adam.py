@@ -9,8 +9,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nanochat.adamw import AdamW
+from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.te_adam import CHOICES, TEAdam, check
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from nvfp8 import te
@@ -233,6 +235,7 @@ def test_remainders_need_bf16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Tokenizer.train(["nothing is read after it"], 290).save(base_dir() / "tokenizer")
     with pytest.raises(BadInput, match="--adamw te-fp32: it needs a CUDA device"):
         train(TrainConfig(device_type="cpu", adamw="te-fp32"))
     assert _parser().parse_args(["--adamw", "te-fp8"]).adamw == "te-fp8"

@@ -60,7 +60,7 @@ def test_initial_values_are_those_of_bf16_rounded() -> None:
 
 @pytest.mark.skipif(te.unavailable() is None, reason="Transformer Engine is usable here")
 def test_without_the_engine_one_line_says_what_to_do() -> None:
-    with pytest.raises(BadInput, match=r"--precision te: .*; or use --precision bf16"):
+    with pytest.raises(BadInput, match=r"--precision te: .*, or --precision bf16"):
         choose_precision("te", "cuda" if torch.cuda.is_available() else "cpu", EngineOptions())
 
 
@@ -101,8 +101,25 @@ def test_auto_takes_the_recipe_of_the_chip(capability: tuple[int, int], best: st
 
 def test_a_recipe_that_the_chip_lacks_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (12, 1), {"mxfp8": "MXFP8 (for all gemm layouts) is not supported on 12.0+ architectures yet."})
-    with pytest.raises(BadInput, match=r"--recipe mxfp8: MXFP8 .* not supported on 12\.0\+.*; use --recipe current here"):
+    with pytest.raises(
+        BadInput, match=r"recipe mxfp8: MXFP8 .* not supported on 12\.0\+.*; use --recipe current here, or --precision bf16"
+    ):
         choose_precision("te", "cuda", EngineOptions(recipe="mxfp8"))
+
+
+def test_auto_takes_bf16_where_the_engine_refuses_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), {"delayed": "CublasLt 12.1.3 or newer required"})
+    precision, why = choose_precision("auto", "cuda", EngineOptions())
+    assert precision.name == "bf16" and "no FP8: recipe delayed: CublasLt 12.1.3 or newer required" in why
+
+
+def test_auto_takes_bf16_for_a_micro_batch_that_fp8_gemms_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), {})
+    assert choose_precision("auto", "cuda", EngineOptions(), (128, 64))[0].name == "te"
+    precision, why = choose_precision("auto", "cuda", EngineOptions(), (120, 64))
+    assert precision.name == "bf16" and "multiple of 16 tokens" in why
+    with pytest.raises(BadInput, match="multiple of 16 tokens"):
+        choose_precision("auto", "cuda", EngineOptions(recipe="current"), (120, 64))
 
 
 def test_evaluation_does_not_ask_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +131,7 @@ def test_a_micro_batch_that_fp8_gemms_do_not_take_is_refused() -> None:
     config = TrainConfig(depth=4, device_batch_size=3, max_seq_len=40, total_batch_size=120, num_iterations=1)
     with torch.device("meta"):
         model = GPT(SHAPE, te_precision(RECIPES["delayed"]))
-    with pytest.raises(BadInput, match="120 tokens: recipe delayed needs a multiple of 16"):
+    with pytest.raises(BadInput, match="recipe delayed needs a multiple of 16 tokens a micro-batch, not 120: change"):
         make_plan(config, model, 1)
 
 
@@ -156,6 +173,7 @@ class TestRuns:
             train(replace(config, recipe=name, model_tag=name, te_weights=weights))
             ours = torch.tensor(losses(name))
             assert ours[-5:].mean() < ours[0] - 0.5
+            # FP8 rounds gradients to 1.7 digits; a loss that is a mean over 2,048 tokens feels a hundredth of that.
             gap = ((ours - plain).abs() / plain).max()
             print(f"{name} {weights}: largest gap to bf16 {gap:.2%}, last losses {ours[-1]:.4f} and {plain[-1]:.4f}")
             assert gap < 0.02, (name, gap)
@@ -182,7 +200,9 @@ class TestRuns:
         train(replace(config, precision="bf16", num_iterations=9, resume=True))
         train(replace(config, precision="te", num_iterations=12, resume=True))
         values = losses("te")
-        assert len(values) == 12 and max(values[6:]) < values[0]
+        assert len(values) == 12
+        # Masters and momentum came along: the loss goes on falling, where a fresh optimizer would start its warm-up's slope anew.
+        assert values[6] < values[5] and values[9] < values[8]
         ids = torch.randint(512, (2, 64), device="cuda")
         results = [load_model("te", None, torch.device("cuda"), name)[0].logits(ids) for name in ("te", "bf16", "fp32")]
         # One set of weights, bf16 matrices: both compute in bf16, and stray from fp32 by as much.

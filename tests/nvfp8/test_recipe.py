@@ -106,6 +106,9 @@ def test_a_flag_names_a_recipe_and_changes_it() -> None:
         ("delayed:fprop=1", "'fprop' cannot be set; what can: margin"),
         ("delay", "unknown recipe 'delay'"),
         ("delayed:amax_compute_algo=mean", "choose max or most_recent"),
+        ("delayed:margin=-1", "below 0 every scale would overflow"),
+        ("current:margin=1", "'current' has no history"),
+        ("mxfp8:amax_history_len=99", "'mxfp8' has no history"),
     ],
 )
 def test_flags_that_name_no_recipe_are_refused(text: str, line: str) -> None:

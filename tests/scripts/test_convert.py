@@ -57,6 +57,18 @@ def test_there_and_back_changes_nothing(tmp_path: Path, convert: Convert) -> Non
         assert torch.equal(written[name], tensor), name
 
 
+def test_masters_are_exported_rather_than_the_weights_they_were_rounded_to(tmp_path: Path, convert: Convert) -> None:
+    ours, low = tmp_path / "ours", tmp_path / "low"
+    convert("import", FIXTURE, "--to", ours)
+    found, name = find(ours), "transformer.h.0.mlp.c_fc.weight"
+    exact = found.model()
+    rounded = {key: value.bfloat16() if key == name else value for key, value in exact.items()}
+    save(low, 7, rounded, {f"{name}.master": exact[name]}, found.state, keep=1)
+    assert convert("export", low, "--to", tmp_path / "back")[0] == 0
+    written = torch.load(tmp_path / "back" / MODEL, weights_only=True)
+    assert torch.equal(written[name], exact[name]) and not torch.equal(rounded[name].float(), exact[name])
+
+
 def test_one_checkpoint_of_several_can_be_named_by_step_or_by_path(tmp_path: Path, convert: Convert) -> None:
     ours = tmp_path / "ours"
     convert("import", FIXTURE, "--step", 7, "--to", ours)
