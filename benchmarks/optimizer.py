@@ -17,13 +17,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from nanochat.adamw import AdamW
-from nanochat.build import build_model, choose_precision
+from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPTConfig
-from nanochat.muon import Muon
 from nanochat.optimizer import NamedOptimizer
-from nanochat.param_groups import groups, owned, ownership
+from nanochat.param_groups import groups, ownership
 from scripts.engine_flags import add_engine_flags, engine_options
 
 WARM = 3  # steps before the measured ones: kernels are compiled, memory is taken
@@ -57,9 +55,7 @@ def main() -> None:
     model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
     dtypes = {name: p.grad.dtype for name, p in model.named_parameters() if p.grad is not None}
     all_groups = groups(model, config, weight_decay=0.28)
-    owner = ownership(all_groups, 1)
-    adamw = AdamW(owned(all_groups, "adamw", owner, 0))
-    muon = Muon(owned(all_groups, "muon", owner, 0), precision.compute_dtype)
+    adamw, muon = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype)
 
     def step(optimizer: NamedOptimizer) -> tuple[float, float]:
         """Give every parameter a new gradient and update; return milliseconds in all and of the host."""

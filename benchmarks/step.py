@@ -18,11 +18,10 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from nanochat.adamw import AdamW
-from nanochat.build import build_model, choose_precision
+from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
-from nanochat.muon import Muon
-from nanochat.param_groups import groups, owned, ownership
+from nanochat.param_groups import groups, ownership
+from nanochat.te_adam import CHOICES, check
 from scripts.engine_flags import add_engine_flags, engine_options
 
 
@@ -35,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--window-pattern", default="L")
     parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
+    parser.add_argument("--adamw", choices=CHOICES, default="own")
     add_engine_flags(parser)
     args = parser.parse_args()
     device = torch.device("cuda")
@@ -46,8 +46,8 @@ def main() -> None:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizer_ms = []
     all_groups = groups(model, config, weight_decay=0.28)
-    owner = ownership(all_groups, 1)
-    optimizers = (AdamW(owned(all_groups, "adamw", owner, 0)), Muon(owned(all_groups, "muon", owner, 0), torch.bfloat16))
+    check(args.adamw, "cuda", precision.matrix_dtype)
+    optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw)
 
     def step() -> torch.Tensor:
         for _ in range(args.accumulation):
@@ -79,7 +79,7 @@ def main() -> None:
             {
                 "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
                 "precision": args.precision, "engine": asdict(options) if options else None,
-                "attention": model.attention_backend, "tok_s": round(rate),
+                "adamw": args.adamw, "attention": model.attention_backend, "tok_s": round(rate),
                 "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
                 "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1), "warm_s": round(warm, 1),
                 "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

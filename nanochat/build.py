@@ -1,8 +1,9 @@
-"""From a shape or a checkpoint to a model on a device, and the choice of precision.
+"""From a shape or a checkpoint to a model on a device, the choice of precision, and the optimizers.
 
-Training, evaluation and sampling share it.
+Training, evaluation, sampling and the benchmarks share it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,15 @@ from typing import Any, Literal
 import torch
 
 from nanochat import checkpoint, parallel
+from nanochat.adamw import AdamW
 from nanochat.checkpoint import Checkpoint
 from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import Muon
+from nanochat.optimizer import NamedOptimizer
+from nanochat.param_groups import owned
+from nanochat.te_adam import TEAdam
 from nanochat.tokenizer import Tokenizer
 from nvfp8 import te
 from nvfp8.hardware import best_recipe, missing
@@ -118,6 +124,23 @@ def build_model(config: GPTConfig, precision: Precision, device: torch.device, a
     except ValueError as error:
         raise BadInput(str(error)) from error
     return model
+
+
+def build_optimizers(
+    groups: list[dict[str, Any]], owner: Mapping[str, int], rank: int, compute_dtype: torch.dtype, adamw: str = "own"
+) -> tuple[NamedOptimizer, Muon]:
+    """AdamW and Muon over what `rank` owns.
+
+    Args:
+        groups: of `param_groups.groups`.
+        owner: of `param_groups.ownership`.
+        rank: of this process.
+        compute_dtype: of Muon's polar step.
+        adamw: one of `te_adam.CHOICES`.
+    """
+    mine = {kind: owned(groups, kind, owner, rank) for kind in ("adamw", "muon")}
+    first = AdamW(mine["adamw"]) if adamw == "own" else TEAdam(mine["adamw"], adamw)
+    return first, Muon(mine["muon"], compute_dtype)
 
 
 def load_weights(model: GPT, saved: Checkpoint) -> None:

@@ -114,6 +114,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         wanted = self.state_tensors()
         for name, parameter in self.named_parameters():
             key = f"{name}.master"
+            if key in wanted and f"{name}.remainder" in saved:
+                raise BadInput(f"the checkpoint completes {name} by {name}.remainder; resume with --adamw te-remainders")
             if key in wanted and key not in saved:
                 wanted.pop(key).copy_(weights[name])
             elif key in saved and key not in wanted:

@@ -24,8 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from nanochat import checkpoint, parallel, process, report, schedule
-from nanochat.adamw import AdamW
-from nanochat.build import build_model, check_tokenizer, choose_precision, config_of, load_weights
+from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
 from nanochat.errors import BadInput
@@ -33,12 +32,10 @@ from nanochat.evaluate import bits_per_byte
 from nanochat.generate import PROMPTS, continuations
 from nanochat.gpt import GPTConfig
 from nanochat.metrics import Metrics, StepRecord, require_wandb
-from nanochat.muon import Muon
-from nanochat.param_groups import groups, owned, ownership, set_hyperparameters
+from nanochat.param_groups import groups, ownership, set_hyperparameters
 from nanochat.plan import make_plan
 from nanochat.shards import open_or_build, unigram_bits_per_byte
 from nanochat.signals import StopRequest
-from nanochat.te_adam import TEAdam
 from nanochat.te_adam import check as check_adamw
 from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
@@ -125,9 +122,7 @@ class Run:
         # the closest to where it arose.
         self.parameters = dict(sorted(model.named_parameters(), key=lambda item: _backward_position(item[0])))
         self.owner = ownership(all_groups, self.world.size)
-        mine = {kind: owned(all_groups, kind, self.owner, self.world.rank) for kind in ("adamw", "muon")}
-        adamw = AdamW(mine["adamw"]) if config.adamw == "own" else TEAdam(mine["adamw"], config.adamw)
-        self.optimizers = (adamw, Muon(mine["muon"], model.precision.compute_dtype))
+        self.optimizers = build_optimizers(all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw)
 
     @property
     def _resuming(self) -> bool:

@@ -150,6 +150,14 @@ def test_masters_follow_the_dtype_of_the_weights_that_resume() -> None:
     assert torch.equal(back["w"].detach(), wide["w"].detach())
 
 
+def test_a_remainder_is_not_dropped_in_silence() -> None:
+    params, opt = make({"w": torch.ones(6).bfloat16()}, master=True)
+    saved = opt.state_tensors()
+    del saved["w.master"]
+    with pytest.raises(BadInput, match=r"completes w by w\.remainder; resume with --adamw te-remainders"):
+        opt.load_state_tensors({**saved, "w.remainder": torch.zeros(6, dtype=torch.int16)}, {"w": params["w"].detach()})
+
+
 def test_a_step_raises_version_counters() -> None:
     params, opt = make({"w": torch.zeros(3)})
     before = params["w"]._version
