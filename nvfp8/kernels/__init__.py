@@ -8,7 +8,6 @@ from nvfp8.kernels.norm import (
     mix_backward,
     mix_forward,
     mix_norm_backward,
-    mix_norm_forward,
     norm_backward,
     norm_forward,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "mix_backward",
     "mix_forward",
     "mix_norm_backward",
-    "mix_norm_forward",
     "muon_descend_",
     "muon_nesterov_",
     "norm_backward",
