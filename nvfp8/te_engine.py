@@ -91,9 +91,20 @@ class Engine:
         changed = versions != self._cast_from
         if changed:
             self._rescale_weights()
-        out = self.module(x, is_first_microbatch=None if self.fp8_weights else changed)
+        with self._dequantized() if loss_scale is None else contextlib.nullcontext():
+            out = self.module(x, is_first_microbatch=None if self.fp8_weights else changed)
         self._cast_from = versions
         return out
+
+    @contextlib.contextmanager
+    def _dequantized(self) -> Iterator[None]:
+        """The module with bf16 weights in the place of FP8 ones: LayerNormMLP (2.20) would multiply block-scaled ones by bf16."""
+        held = {name: self.module._parameters[name] for name in self.weights}
+        self.module._parameters.update({name: weight.dequantize() for name, weight in held.items()})
+        try:
+            yield
+        finally:
+            self.module._parameters.update(held)
 
     def _parameters(self) -> list[Tensor]:
         return [holder.weight for holders in self.weights.values() for holder in holders]

@@ -224,6 +224,7 @@ def test_what_a_run_sets_for_the_process_is_put_back(config: TrainConfig, monkey
             raise RuntimeError("a bug")
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    gc.unfreeze()  # torch.compile may have frozen what an earlier test left
     before = (True, False, False, True, None)
     seen: list[tuple[object, ...]] = []
     assert settings() == before

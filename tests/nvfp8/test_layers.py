@@ -185,8 +185,8 @@ def test_project_heads(values: bool, dtype: torch.dtype) -> None:
 def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
     """Branches begin at zero and grow: added to a bf16 stream by itself, one of a tenth of the last bit would stay zero."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    stream = (1 + torch.rand(64, 256, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
-    x0 = torch.randn(64, 256, device=DEVICE, generator=generator).bfloat16()
+    stream = (1 + torch.rand(1024, 1024, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
+    x0 = torch.randn(1024, 1024, device=DEVICE, generator=generator).bfloat16()
     branch = torch.full_like(stream, 2.0**-7 / 10)
     assert torch.equal(settled(Pending(stream, branch)), stream)
     lambdas = torch.tensor([1.1, 0.1], device=DEVICE)

@@ -218,3 +218,13 @@ def test_gradients_of_fp8_weights_are_handed_over_and_summed() -> None:
     grads = [holder.weight.grad for holder in holders]
     assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in grads)
     torch.testing.assert_close(torch.cat(grads).float(), total, rtol=2**-7, atol=2**-7)
+
+
+def test_a_joined_projection_has_no_scaling_state_of_its_own() -> None:
+    """A checkpoint holds the state of what computes; asked for that of c_q too, no run could be resumed."""
+    precision = te_precision(RECIPES["delayed"])
+    projections = [precision.linear(WIDTH, WIDTH) for _ in range(3)]
+    joined, mlp = precision.norm_linear(*projections), precision.mlp(WIDTH, 4 * WIDTH)
+    assert all(part.engine is None for part in (*projections, mlp.c_fc, mlp.c_proj))
+    assert joined.engine.weights == {"weight": tuple(projections)}
+    assert mlp.engine.weights == {"fc1_weight": (mlp.c_fc,), "fc2_weight": (mlp.c_proj,)}
