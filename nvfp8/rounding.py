@@ -1,0 +1,159 @@
+"""Rounding to few bits without losing what is small: stochastically, by block scales, and of weights into two parts.
+
+An average kept in FP8 moves by less than half a step per update, so rounding to nearest never moves it: it freezes. Rounded up
+with the probability of the part that is cut off, it moves as it should on average. The random bits are a hash of (key, index):
+the same step of the same run rounds alike on every machine, on any number of ranks, in this file and in the Triton kernels
+(`nvfp8/kernels/rounding.py` has the same functions), and nothing has to be stored.
+
+FP8 alone spans 2^18 (E4M3) or 2^32 (E5M2) from its smallest to its largest number. A scale for every 128 elements, the block's
+largest magnitude over the format's, puts each block's range where its values are.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # elements that share a scale: fp32 scales are 3 % of one byte an element; half the block would be 6 %
+
+# Exponent of the smallest normal number, bits of mantissa, largest number.
+FORMATS = {torch.float8_e4m3fn: (-6, 3, 448.0), torch.float8_e5m2: (-14, 2, 57344.0)}
+_MASK = 0xFFFFFFFF
+
+
+def mix(value: int) -> int:
+    """Hash 32 bits to 32 bits: every bit of the result depends on every bit of `value` (the constants are Wellons' lowbias32)."""
+    value &= _MASK
+    value ^= value >> 16
+    value = value * 0x7FEB352D & _MASK
+    value ^= value >> 15
+    value = value * 0x846CA68B & _MASK
+    return value ^ value >> 16
+
+
+def key(seed: int, step: int, tensor: int, purpose: int) -> int:
+    """The key of one tensor's rounding in one step, 31 bits, so that a kernel takes it as int32 whatever it is."""
+    result = 0
+    for part in (seed, step, tensor, purpose):
+        result = mix(result ^ mix(part + 0x9E3779B9))
+    return result & 0x7FFFFFFF
+
+
+def random_bits(index: Tensor, key: int) -> Tensor:
+    """32 random bits for each index.
+
+    Args:
+        index: int64, non-negative, below 2^32.
+        key: 31 bits.
+
+    Returns:
+        int64 in [0, 2^32), shape of `index`.
+    """
+    value = (index * 0x9E3779B1 + key) & _MASK
+    value = value ^ (value >> 16)
+    value = (value * 0x7FEB352D) & _MASK
+    value = value ^ (value >> 15)
+    value = (value * 0x846CA68B) & _MASK
+    return value ^ (value >> 16)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Random bits as fp32 in [0, 1), multiples of 2^-24."""
+    return (bits >> 8).float() * 2.0**-24
+
+
+def to_grid(value: Tensor, dtype: torch.dtype, noise: Tensor | None, squared: bool = False) -> Tensor:
+    """The numbers of an FP8 format that `value` is rounded to.
+
+    Args:
+        value: fp32, at most the format's largest number in magnitude; NaN and inf become NaN.
+        dtype: a key of FORMATS.
+        noise: fp32 in [0, 1), value's shape: rounds up where the part cut off exceeds it. None rounds to nearest, ties up.
+        squared: the square of the result, not the result, is right on average (for second moments kept as roots).
+
+    Returns:
+        fp32, exact in `dtype`.
+    """
+    smallest, mantissa, largest = FORMATS[dtype]
+    magnitude = value.abs()
+    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp_min(smallest)
+    step = ((exponent - mantissa + 127) << 23).view(torch.float32)
+    steps = magnitude / step  # a power of two: exact
+    below = steps.floor()
+    if noise is None:
+        up = steps - below >= 0.5
+    elif squared:
+        up = noise * (2 * below + 1) < steps * steps - below * below
+    else:
+        up = noise < steps - below
+    rounded = ((below + up) * step).clamp_max(largest)
+    return torch.where(value.isfinite(), rounded.copysign(value), torch.nan)
+
+
+def encode(value: Tensor, dtype: torch.dtype, noise: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
+    """Store fp32 numbers as FP8 with a scale for every block.
+
+    Args:
+        value: (n,) fp32; with `root` not negative.
+        dtype: a key of FORMATS.
+        noise: (n,) fp32 in [0, 1), or None for rounding to nearest.
+        root: store square roots, which spans twice the exponents: for second moments.
+
+    Returns:
+        (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0.
+    """
+    count = len(value)
+    blocks = torch.nn.functional.pad(value.sqrt() if root else value, (0, -count % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1) / FORMATS[dtype][2]
+    # Multiplied by a reciprocal, as the kernels do; a scale so small that it has none is of a block that is as good as zero.
+    inverse = torch.where(scale > 2.0**-126, 1 / scale, 0.0)
+    scale = torch.where(scale > 2.0**-126, scale, torch.where(scale.isfinite(), 0.0, scale))
+    scaled = (blocks * inverse[:, None]).view(-1)[:count]
+    scaled = scaled.clamp(-FORMATS[dtype][2], FORMATS[dtype][2])  # amax times its reciprocal may come out one bit above
+    return to_grid(scaled, dtype, noise, squared=root).to(dtype), scale
+
+
+def decode(stored: Tensor, scale: Tensor, root: bool) -> Tensor:
+    """What `encode` stored, (n,) fp32."""
+    value = stored.float() * scale.repeat_interleave(BLOCK)[: len(stored)]
+    return value * value if root else value
+
+
+def split(value: Tensor, remainder: torch.dtype | None, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Store fp32 weights as bf16, with none, 8 or 16 bits of what bf16 cuts off.
+
+    The bf16 part is the nearest bf16 number of the whole (ties away from zero), so it can be computed with as it is. Whatever
+    the remainder does not hold is rounded stochastically; 16 bits hold all of it.
+
+    Args:
+        value: fp32, finite.
+        remainder: None, torch.int8 or torch.int16.
+        bits: random int64 in [0, 2^32), value's shape; None rounds to nearest. Not used with int16.
+
+    Returns:
+        bf16, and the signed remainder or None.
+    """
+    whole = value.view(torch.int32).to(torch.int64) & _MASK
+    kept = {None: 16, torch.int8: 24, torch.int16: 32}[remainder]
+    cut = 32 - kept  # bits that are rounded away
+    if cut:
+        whole = whole + (1 << (cut - 1) if bits is None else bits >> (32 - cut))
+    whole = whole >> cut
+    extra = kept - 16
+    top = whole + ((1 << extra) >> 1) >> extra
+    weight = _signed(top & 0xFFFF, 16).to(torch.int16).view(torch.bfloat16)
+    if remainder is None:
+        return weight, None
+    return weight, (whole - (top << extra)).to(remainder)
+
+
+def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
+    """The fp32 value that `split` stored."""
+    if remainder is None:
+        return weight.float()
+    extra = 8 * remainder.element_size()
+    top = weight.view(torch.int16).to(torch.int64) & 0xFFFF
+    whole = ((top << extra) + remainder.to(torch.int64) << (16 - extra)) & _MASK
+    return _signed(whole, 32).to(torch.int32).view(torch.float32)
+
+
+def _signed(value: Tensor, bits: int) -> Tensor:
+    return value - ((value >> (bits - 1)) << bits)
