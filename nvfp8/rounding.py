@@ -124,14 +124,14 @@ def split(value: Tensor, remainder: torch.dtype | None, bits: Tensor | None) -> 
     the remainder does not hold is rounded stochastically; 16 bits hold all of it.
 
     Args:
-        value: fp32, finite.
+        value: fp32. NaN becomes the NaN whose low bits are 0: carried up, others would come out as −0.
         remainder: None, torch.int8 or torch.int16.
         bits: random int64 in [0, 2^32), value's shape; None rounds to nearest. Not used with int16.
 
     Returns:
         bf16, and the signed remainder or None.
     """
-    whole = value.view(torch.int32).to(torch.int64) & _MASK
+    whole = torch.where(value.isnan(), 0x7FC00000, value.view(torch.int32).to(torch.int64) & _MASK)
     kept = {None: 16, torch.int8: 24, torch.int16: 32}[remainder]
     cut = 32 - kept  # bits that are rounded away
     if cut:

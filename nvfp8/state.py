@@ -100,16 +100,16 @@ def codec(name: str, second_moment: bool = False) -> Codec:
     return Codec(name, dtype, second_moment and dtype in rounding.FORMATS)
 
 
-def codec_of(dtype: torch.dtype) -> Codec:
-    """The codec that stores plain `dtype`.
+def codec_of(dtype: torch.dtype, second_moment: bool = False) -> Codec:
+    """The codec whose numbers are of `dtype`: what a stored tensor was written with.
 
     Raises:
-        ValueError: none does; the message lists the dtypes that have one.
+        ValueError: there is none; the message lists the dtypes that have one.
     """
-    for name in ("fp32", "bf16"):
-        if STATE_DTYPES[name] == dtype:
-            return codec(name)
-    raise ValueError(f"no optimizer state codec stores plain {dtype}; there are codecs for torch.float32 and torch.bfloat16")
+    for name, stored in STATE_DTYPES.items():
+        if stored == dtype:
+            return codec(name, second_moment)
+    raise ValueError(f"no optimizer state codec stores {dtype}; there are codecs for {', '.join(map(str, STATE_DTYPES.values()))}")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,14 @@ class Master:
 
     name: str
     dtype: torch.dtype | None
+
+    def allocate(self, parameter: Tensor) -> Tensor | None:
+        """What is kept beside `parameter` as it is now; nothing beside fp32, which is whole."""
+        if parameter.dtype == torch.float32 or self.dtype is None:
+            return None
+        if self.dtype == torch.float32:
+            return parameter.detach().float()
+        return torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)
 
 
 # "fp32" is a copy, the others are remainders of `rounding.split`.
@@ -143,3 +151,35 @@ def master(name: str) -> Master:
     if name not in MASTERS:
         raise ValueError(f"no master weights are called {name!r}; there are {', '.join(MASTERS)}")
     return MASTERS[name]
+
+
+def read_weight(parameter: Tensor, rest: Tensor | None) -> Tensor:
+    """A weight in fp32, from itself and what is kept beside it. It may be one of the two: read it, do not write it."""
+    if rest is None:
+        return parameter.float()
+    return rest if rest.dtype == torch.float32 else rounding.join(parameter, rest)
+
+
+def write_weight(parameter: Tensor, rest: Tensor | None, value: Tensor, key: int | None) -> None:
+    """Store fp32 `value` as a weight and what is kept beside it, in place.
+
+    Args:
+        parameter: fp32 or bf16.
+        rest: as `Master.allocate` made it.
+        value: the parameter's shape.
+        key: seeds the rounding of what is not kept; None rounds to nearest. Beside fp32 copies it is not used.
+    """
+    if parameter.dtype == torch.float32 or (rest is None and key is None):
+        parameter.copy_(value)
+        return
+    if rest is not None and rest.dtype == torch.float32:
+        rest.copy_(value)
+        parameter.copy_(value)
+        return
+    bits = None
+    if key is not None:
+        bits = rounding.random_bits(torch.arange(value.numel(), device=value.device), key).view(value.shape)
+    weight, remainder = rounding.split(value.contiguous(), None if rest is None else rest.dtype, bits)
+    parameter.copy_(weight)
+    if rest is not None and remainder is not None:
+        rest.copy_(remainder)

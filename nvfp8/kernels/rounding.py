@@ -73,7 +73,7 @@ def decode(stored, scale, ROWS: tl.constexpr, ROOT: tl.constexpr):
 @triton.jit
 def split(value, bits, EXTRA: tl.constexpr):
     """fp32 -> the bits of the nearest bf16 (int32, low half) and a signed remainder of EXTRA bits (0, 8 or 16)."""
-    whole = value.to(tl.uint32, bitcast=True)
+    whole = tl.where(value == value, value.to(tl.uint32, bitcast=True), 0x7FC00000)
     CUT: tl.constexpr = 16 - EXTRA
     if CUT > 0:
         whole += bits >> (32 - CUT)
@@ -82,6 +82,12 @@ def split(value, bits, EXTRA: tl.constexpr):
     if EXTRA > 0:
         top = (whole + ((1 << EXTRA) >> 1)) >> EXTRA
     return (top & 0xFFFF).to(tl.int32), (whole - (top << EXTRA)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def nearest(value):
+    """The bits with which `split` without remainder rounds to nearest, ties to even, as PyTorch's casts do."""
+    return (((value.to(tl.uint32, bitcast=True) >> 16) & 1) + 0x7FFF) << 16
 
 
 @triton.jit
