@@ -2,17 +2,17 @@
 
 Tests compare each Triton kernel with its twin and both with fp64; a CPU runs the twins themselves. Twins and kernels have
 the same names and arguments, so `nvfp8.ops` can choose by device. Statistics and all arithmetic are fp32 (fp64 for fp64
-input); each result is rounded once to the dtype of the tensor it replaces.
+input); each result is rounded once to the dtype of the tensor it replaces. Twins of optimizers are in `nvfp8/reference_optim.py`.
 
 Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E head dimension, V vocabulary.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from nvfp8.reference_optim import muon_descend_, muon_nesterov_, symmetric_product_
+from nvfp8.reference_optim import muon_descend_ as muon_descend_
+from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
+from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
 
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23

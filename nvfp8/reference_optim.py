@@ -1,8 +1,8 @@
 """The twins of the optimizers' kernels; `nvfp8/reference.py` says what a twin is, and offers these beside its own.
 
-State and weights are decoded to fp32 (fp64 for fp64 input), updated, and encoded as `nvfp8/rounding.py` does. What is rounded
-stochastically takes one key a matrix, and each element's position inside its matrix: neither the order of matrices in a stack nor
-the way a stack is cut into chunks changes a bit.
+They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; every number is
+the same. What is rounded stochastically takes one key a matrix, and each element's position inside its matrix: neither the order
+of matrices in a stack nor the way a stack is cut into chunks changes a bit.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nvfp8 import rounding
+from nvfp8.state import Stored, codec_of, read_weight, write_weight
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _bits(keys: Sequence[int] | None, matrix: int, like: Tensor) -> Tensor:
-    assert keys is not None, "what is rounded stochastically needs a key for each matrix"
-    return rounding.random_bits(torch.arange(like.numel(), device=like.device), keys[matrix]).view(like.shape)
 
 
 def muon_nesterov_(
@@ -39,17 +34,15 @@ def muon_nesterov_(
         mu: μ.
         keys: n of 31 bits, for FP8.
     """
+    assert scales is None or keys is not None, "what is rounded stochastically needs a key for each matrix"
     for i, (grad, stored, out) in enumerate(zip(gradients, momentum, x, strict=True)):
         g = _wide(grad)
-        m = _wide(stored) if scales is None else rounding.decode(stored.flatten(), scales[i], root=False).view(g.shape)
+        m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
         m = m + take * (g - m)
-        if scales is None:
+        if scales is None or keys is None:
             stored.copy_(m)
         else:
-            noise = rounding.uniform(_bits(keys, i, m)).flatten()
-            data, scale = rounding.encode(m.flatten(), momentum.dtype, noise, root=False)
-            stored.copy_(data.view(m.shape))
-            scales[i] = scale
+            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, keys[i])
         out.copy_(g + mu * (m - g))
 
 
@@ -61,40 +54,28 @@ def muon_descend_(
 
     Args:
         weights: n of (r, c), of one dtype; stepped.
-        kept: (n, r, c), what is kept beside bf16 weights: fp32 masters, of which the weights become the rounded copy; int8 or
-            int16 remainders of `rounding.split`. None: the weights are all there is, and bf16 is rounded stochastically.
-        x: (n, r, c), any float.
+        kept: (n, r, c), what `nvfp8.state.Master` keeps beside bf16 weights: fp32 copies, int8 or int16 remainders. None: the
+            weights are all there is, and bf16 is rounded stochastically.
+        x: (n, r, c), as Polar Express left it.
         scale: (n, r, 1) or (n, 1, c) fp32.
         lr: learning rate.
         lr_wd: learning rate times weight decay.
         keys: n of 31 bits, for bf16 with int8 or nothing beside it.
     """
+    drawn = weights[0].dtype == torch.bfloat16 and (kept is None or kept.dtype == torch.int8)
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     for i, weight in enumerate(weights):
         beside = None if kept is None else kept[i]
-        whole = weight if beside is None or beside.is_floating_point() else None  # not to be joined from two parts
-        if beside is not None and beside.is_floating_point():
-            whole = beside
-        w = rounding.join(weight, beside) if whole is None else _wide(whole)
+        w = weight if weight.dtype == torch.float64 else read_weight(weight, beside)
         u = _wide(x[i]) * scale[i]
         value = w - lr * u - lr_wd * w * (u * w >= 0)
-        if beside is not None and beside.is_floating_point():
-            beside.copy_(value)
-            weight.copy_(value)
-        elif weight.dtype != torch.bfloat16:
-            weight.copy_(value)
-        else:
-            remainder = None if beside is None else beside.dtype
-            bits = None if remainder is torch.int16 else _bits(keys, i, value)
-            upper, lower = rounding.split(value, remainder, bits)
-            weight.copy_(upper)
-            if beside is not None and lower is not None:
-                beside.copy_(lower)
+        write_weight(weight, beside, value, keys[i] if drawn and keys is not None else None)
 
 
 def symmetric_product_(
     a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0
 ) -> None:
-    """out = α·a·bᵀ + β·c + δ·I, of which the caller knows that it is symmetric: only the upper half is computed.
+    """Write α·a·bᵀ + β·c + δ·I, of which the caller knows that it is symmetric: the upper half counts.
 
     Args:
         a: (n, m, k), any strides.

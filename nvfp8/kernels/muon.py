@@ -5,9 +5,9 @@ so their addresses go to the GPU as a table of n int64 and a program looks up it
 table is 8 bytes a matrix from pinned memory: the host does not wait, and torch keeps the buffer until the copy is done. The keys of
 stochastic rounding, one a matrix, stand behind the addresses.
 
-Each program takes 4096 elements of one matrix and touches each byte once. 4096 is 32 blocks of 128, so FP8 state is decoded, updated
-and encoded with new scales in registers: no program needs another's maximum. Of an address that comes from a table the compiler
-knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
+Each program takes 4096 elements of one matrix and touches each byte once. 4096 is 32 blocks of 128, so FP8 state is decoded,
+updated and encoded with new scales in registers: no program needs another's maximum. Of an address that comes from a table the
+compiler knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
 Hyperparameters are fp32 arguments and shapes are plain integers (of the columns alone the compiler learns whether 16 divides
 them), so a schedule compiles nothing anew.
 """
@@ -24,7 +24,6 @@ from nvfp8.rounding import BLOCK as SCALED
 from nvfp8.rounding import FORMATS
 
 BLOCK = 4096  # elements a program
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -71,13 +70,14 @@ def _muon_nesterov(
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_descend(
     WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
-    SPLIT: tl.constexpr, EXTRA: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = tl.int16 == TYPE  # bf16 weights are read and written as bits
     matrix = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
-    weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at  # of int16 where it is one part of two: its bits are wanted
+    weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
     if BY_ROW:
         scale = tl.load(SCALE + matrix * ROWS + at // COLUMNS, mask, 0.0)
     else:
@@ -85,7 +85,7 @@ def _muon_descend(
     u = tl.load(X + start + at, mask, 0.0).to(tl.float32) * scale
     if MASTERED:
         w = tl.load(KEPT + start + at, mask, 0.0)
-    elif SPLIT:
+    elif NARROW:
         if EXTRA > 0:
             rest = tl.load(KEPT + start + at, mask, 0)
         else:
@@ -94,8 +94,11 @@ def _muon_descend(
     else:
         w = tl.load(weight, mask, 0.0)
     w = w - LR * u - tl.where(u * w >= 0, LR_WD * w, 0.0)
-    if SPLIT:
-        if EXTRA < 16:
+    if NARROW:
+        if MASTERED:
+            bits = rounding.nearest(w)
+            tl.store(KEPT + start + at, w, mask)
+        elif EXTRA < 16:
             bits = _bits(WEIGHTS, matrix, at)
         else:
             bits = at  # nothing is cut off
@@ -104,9 +107,7 @@ def _muon_descend(
         if EXTRA > 0:
             tl.store(KEPT + start + at, rest.to(KEPT.dtype.element_ty), mask)
     else:
-        if MASTERED:
-            tl.store(KEPT + start + at, w, mask)
-        tl.store(weight, w.to(TYPE), mask)
+        tl.store(weight, w, mask)
 
 
 def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tensor, bool]:
@@ -138,7 +139,7 @@ def muon_nesterov_(
     gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
     table, aligned = _table(gradients, keys if scales is not None else None)
     _muon_nesterov[_grid(x)](
-        table, momentum, scales, x, r, c, float(take), float(mu), _TYPES[dtype], aligned,
+        table, momentum, scales, x, r, c, float(take), float(mu), tl.float32 if dtype == torch.float32 else tl.bfloat16, aligned,
         *FORMATS.get(momentum.dtype, (0, 0, 0.0)), BLOCKED=scales is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
@@ -148,18 +149,17 @@ def muon_descend_(
     keys: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
-    dtype = weights[0].dtype
+    narrow = weights[0].dtype == torch.bfloat16
     assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
-    assert all(w.is_contiguous() and w.dtype == dtype for w in weights), "weights must be contiguous, of one dtype"
-    assert dtype in _TYPES, "weights must be fp32 or bf16"
+    assert all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights), "weights must be contiguous, of one dtype"
+    assert narrow or weights[0].dtype == torch.float32, "weights must be fp32 or bf16"
+    assert narrow or kept is None, "an fp32 weight is whole"
     mastered = kept is not None and kept.dtype == torch.float32
-    split = dtype == torch.bfloat16 and not mastered
-    assert split or kept is None or mastered, "a remainder belongs to a bf16 weight"
-    extra = 0 if not split or kept is None else 8 * kept.element_size()
-    drawn = split and extra < 16
+    extra = 0 if kept is None or mastered else 8 * kept.element_size()
+    drawn = narrow and not mastered and extra < 16
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     table, aligned = _table(weights, keys if drawn else None)
     _muon_descend[_grid(x)](
-        table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if split else _TYPES[dtype], aligned,
-        MASTERED=mastered, SPLIT=split, EXTRA=extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
+        table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
+        mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
