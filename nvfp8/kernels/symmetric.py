@@ -12,7 +12,6 @@ its upper half written twice, so the result is exactly symmetric even where a·b
 bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
