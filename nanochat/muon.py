@@ -8,59 +8,47 @@ Per matrix (r x c), the steps and where they come from:
     NorMuon    each row (column if r < c) over the root of an EMA of its mean square, norm kept   (arXiv 2510.05491)
     descend    w ← w - lr·(u + wd·w where u·w ≥ 0),  lr times √max(1, r/c)    (cautious, decoupled decay)
 
-All matrices of one shape go through Polar Express as one batch, in chunks that keep the workspace bounded, with
-`torch.baddbmm` so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
-error falls 2.5 to 5 times.
+All matrices of one shape go through Polar Express (`nvfp8/polar_express.py`) as one batch, in chunks that keep the workspace
+bounded. On either side of it stands one kernel that takes a whole chunk in one launch, gradients and weights where they are,
+through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more a parameter, and a call for each
+matrix made the host the slowest part of a d12 step (docs/log.md). What lies between and is not a GEMM works on row sums.
 
-Passes over memory, in bytes a parameter, with fp32 gradients and a bf16 workspace:
-    momentum + Nesterov + cast, one kernel            g 4, m 4 + 4, x 2         14
+Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace ("full" products):
+    momentum + Nesterov + cast, one kernel            g 4, x 2, and the momentum twice
     row norms; rows scaled                            2; 2 + 2                   6
     Polar Express                                     5 (X copied into the GEMM's output) x 4, the rest is GEMM   20
     sums of squares for NorMuon                       2                          2
-    descend, one kernel                               x 2, w 4 + 4              10
-52 in all, and as many with bf16 gradients and weights beside fp32 masters. At d24 (680 M) that is 35 GB, 8.4 ms at 4.2 TB/s,
-beside 39 ms of GEMMs (26.1 TFLOP). The two kernels take a whole chunk in one launch, gradients and weights where they are,
-through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more, and a call for each matrix
-made the host the slowest part of a d12 step (docs/log.md).
-Everything between the two passes that is not a GEMM works on row sums.
+    descend, one kernel                               x 2, and the weight twice
+    momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
+    weight                   fp32 4    bf16 beside an fp32 master 6 (written; read as 4)    bf16 2    bf16+8 3    bf16+16 4
+52 in all where all is fp32, 44 with an e4m3 momentum and bf16+8 weights. At d24 (680 M) that is 35 and 30 GB, 8.4 and 7.1 ms at
+4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). With bf16 gradients 2 bytes less.
+
+What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as
+e4m3 with bf16+8, 0.65 GiB as e4m3 with bf16. The workspace is bounded by 0.5 GiB, a quarter of what an FP8 momentum saves there
+(1.9 GiB). A chunk takes, for each matrix of d24, square and 1:4: by "full" and "half" products 18 and 45 MiB (28 and 11 matrices
+a chunk), by "gram" 27 and 54 MiB (18 and 9).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from nanochat.errors import BadInput
 from nanochat.optimizer import NamedOptimizer, gradient
 from nvfp8.ops import ops
-from nvfp8.state import Codec
-from nvfp8.state import codec as codec_named
+from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.rounding import BLOCK, key
+from nvfp8.state import Codec, Master, Stored, codec, codec_of, read_weight, write_weight
+from nvfp8.state import master as master_named
 
-# (a, b, c) of X ← aX + (bA + cA²)X, A = XXᵀ, for 5 steps with safety factor 2e-2 and cushion 2 (arXiv 2505.16932)
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def polar_express(x: Tensor) -> Tensor:
-    """Return x (n, r, c), each of Frobenius norm at most 1, with all singular values brought near 1; overwrites x.
-
-    fp32 or bf16, as x is. The Gram matrix is on the short side. Takes room for one more x and two Gram matrices each.
-    """
-    tall = x.size(-2) > x.size(-1)
-    short, other = min(x.shape[-2:]), torch.empty_like(x)
-    gram, poly = x.new_empty(x.size(0), short, short), x.new_empty(x.size(0), short, short)
-    for a, b, c in POLAR_EXPRESS:
-        torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
-        torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a, out=other)
-        x, other = other, x
-    return x
+# What is rounded stochastically, as part of a key.
+_MOMENTUM, _WEIGHT = 0, 1
 
 
 def _equilibrate_(x: Tensor) -> None:
@@ -95,12 +83,12 @@ class _Stack:
 
     names: list[str]
     params: list[Tensor]  # n of (r, c)
-    momentum: Tensor  # (n, r, c), stored by the codec
+    momentum: Stored  # (n, r, c), each matrix with its own blocks
     second_moment: Tensor  # (n, r, 1), or (n, 1, c) where r < c; fp32
-    master: Tensor | None  # (n, r, c) fp32 where the matrices are stored lower
+    kept: Tensor | None  # (n, r, c) beside matrices stored lower than fp32
 
 
-def _stacks(group: dict[str, Any], codec: Codec) -> list[_Stack]:
+def _stacks(group: dict[str, Any], momentum: Codec, kept: Master) -> list[_Stack]:
     """Sort a group's matrices by shape and allocate their state."""
     by_shape: dict[tuple[torch.Size, torch.dtype], list[tuple[str, Tensor]]] = {}
     for name, p in zip(group["names"], group["params"], strict=True):
@@ -108,13 +96,16 @@ def _stacks(group: dict[str, Any], codec: Codec) -> list[_Stack]:
             raise ValueError(f"Muon takes matrices, {name} has shape {tuple(p.shape)}")
         by_shape.setdefault((p.shape, p.dtype), []).append((name, p))
     stacks = []
-    for ((r, c), dtype), members in by_shape.items():
-        n, device = len(members), members[0][1].device
+    for ((r, c), _), members in by_shape.items():
+        n, device, params = len(members), members[0][1].device, [p for _, p in members]
         second_moment = torch.zeros((n, r, 1) if r >= c else (n, 1, c), dtype=torch.float32, device=device)
-        momentum = codec.allocate((n, r, c), device)
-        params = [parameter for _, parameter in members]
-        master = None if dtype == torch.float32 else torch.stack([p.detach().float() for p in params])
-        stacks.append(_Stack([name for name, _ in members], params, momentum, second_moment, master))
+        beside = [rest for rest in (kept.allocate(p) for p in params) if rest is not None]
+        stacks.append(
+            _Stack(
+                [name for name, _ in members], params, momentum.allocate((n, r, c), device, stacked=True), second_moment,
+                torch.stack(beside) if beside else None,
+            )
+        )  # fmt: skip
     return stacks
 
 
@@ -127,8 +118,10 @@ class Muon(NamedOptimizer):
         self,
         groups: list[dict[str, Any]],
         compute_dtype: torch.dtype,
-        workspace: int = 2**30,
-        codec: Codec | None = None,
+        workspace: int = 2**29,
+        state: str = "fp32",
+        master: str = "fp32",
+        seed: int = 0,
     ) -> None:
         """Allocate the state of every matrix, as zeros.
 
@@ -136,26 +129,33 @@ class Muon(NamedOptimizer):
             groups: `params` (contiguous matrices), parallel `names`, lr, momentum, beta2, weight_decay.
             compute_dtype: of Polar Express: bf16 where the run's precision computes in bf16 or lower, else fp32.
             workspace: bytes that a chunk of matrices may take on top of the state; one matrix is always taken.
-            codec: how the momentum is stored; None is fp32.
+            state: how the momentum is stored, a key of `nvfp8.state.STATE_DTYPES`.
+            master: what is kept beside matrices stored as bf16, a key of `nvfp8.state.MASTERS`; fp32 ones are their own.
+            seed: of stochastic rounding; with the step and a matrix's name it says how an element is rounded, on any rank.
 
         Raises:
-            ValueError: names do not match parameters, or a parameter is not a matrix.
+            ValueError: names do not match parameters, a parameter is not a matrix, or no format is called so.
         """
         super().__init__(groups)
         self.compute_dtype = compute_dtype
         self.workspace = workspace
-        self._stacks = [_stacks(group, codec or codec_named("fp32")) for group in self.param_groups]
+        self.seed = seed
+        self._stacks = [_stacks(group, codec(state), master_named(master)) for group in self.param_groups]
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return `<name>.momentum` (r, c), `.second_moment` (r, 1) or (1, c) and `.master` (r, c) of every matrix, as stored."""
-        return {
-            f"{name}.{what}": buffer[i]
-            for stacks in self._stacks
-            for stack in stacks
-            for i, name in enumerate(stack.names)
-            for what, buffer in (("momentum", stack.momentum), ("second_moment", stack.second_moment), ("master", stack.master))
-            if buffer is not None
-        }
+        """Return what is stored of every matrix, as it is.
+
+        `<name>.momentum` (r, c) and in FP8 its `.momentum.scale` (blocks,), `.second_moment` (r, 1) or (1, c), and what is kept
+        beside the weight, (r, c): `.master` in fp32, `.remainder` in int8 or int16.
+        """
+        result: dict[str, Tensor] = {}
+        for stack in (stack for stacks in self._stacks for stack in stacks):
+            buffers = {"momentum": stack.momentum.data, "momentum.scale": stack.momentum.scale}
+            beside = "master" if stack.kept is not None and stack.kept.dtype == torch.float32 else "remainder"
+            for what, buffer in {**buffers, "second_moment": stack.second_moment, beside: stack.kept}.items():
+                if buffer is not None:
+                    result.update({f"{name}.{what}": buffer[i] for i, name in enumerate(stack.names)})
+        return result
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no line search here
@@ -170,21 +170,90 @@ class Muon(NamedOptimizer):
 
     def _chunk(self, stack: _Stack) -> int:
         """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""
-        n, r, c = stack.momentum.shape
-        matrix = self.compute_dtype.itemsize * 2 * (r * c + min(r, c) ** 2)  # as polar_express takes it
-        chunks = math.ceil(n / max(1, self.workspace // matrix))
+        n, r, c = stack.momentum.data.shape
+        products = fastest_products(r, c, self.compute_dtype)
+        chunks = math.ceil(n / max(1, self.workspace // room(r, c, self.compute_dtype, products)))
         return math.ceil(n / chunks)
 
     def _update(self, stack: _Stack, part: slice, group: dict[str, Any]) -> None:
         """One step of the matrices `part` of a stack."""
-        params, momentum = stack.params[part], stack.momentum[part]
+        names, params = stack.names[part], stack.params[part]
+        momentum, scales = (None if buffer is None else buffer[part] for buffer in stack.momentum)
+        assert momentum is not None
         x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
-        passes, mu = ops(x), group["momentum"]
-        passes.muon_nesterov_([gradient(p) for p in params], momentum, x, 1 - mu, mu)
+        passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
+        keys = None if scales is None else self._keys(names, _MOMENTUM)
+        passes.muon_nesterov_([gradient(p) for p in params], momentum, scales, x, 1 - mu, mu, keys)
         _equilibrate_(x)
-        x = polar_express(x)
+        x = polar_express(x, fastest_products(r, c, self.compute_dtype))
         scale = _normuon_scale(x, stack.second_moment[part], group["beta2"])
-        r, c = momentum.shape[1:]
         lr = group["lr"] * math.sqrt(max(1, r / c))
-        master = None if stack.master is None else stack.master[part]
-        passes.muon_descend_([p.detach() for p in params], master, x, scale, lr, lr * group["weight_decay"])
+        kept = None if stack.kept is None else stack.kept[part]
+        keys = self._keys(names, _WEIGHT) if params[0].dtype == torch.bfloat16 else None
+        passes.muon_descend_([p.detach() for p in params], kept, x, scale, lr, lr * group["weight_decay"], keys)
+
+    def _keys(self, names: list[str], purpose: int) -> list[int]:
+        """Keys of this step's rounding: a matrix is known by its name, whichever process owns it and wherever it is stacked."""
+        return [key(self.seed, self.steps, crc32(name.encode()), purpose) for name in names]
+
+    def load_state_tensors(self, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Take `saved` into this run's formats, whatever it was saved in; bit for bit where they are the same.
+
+        See `NamedOptimizer.load_state_tensors`, which gives the arguments and raises `BadInput`.
+        """
+        steps = int(_saved(saved, f"{self.kind}.steps", ()))
+        self.steps = steps
+        for stack in (stack for stacks in self._stacks for stack in stacks):
+            for i, (name, p) in enumerate(zip(stack.names, stack.params, strict=True)):
+                scale = None if stack.momentum.scale is None else stack.momentum.scale[i]
+                place = Stored(stack.momentum.data[i], scale)
+                load_state(place, saved, f"{name}.momentum", self._keys([name], _MOMENTUM)[0])
+                stack.second_moment[i].copy_(_saved(saved, f"{name}.second_moment", stack.second_moment[i].shape))
+                kept = None if stack.kept is None else stack.kept[i]
+                load_weight(p.detach(), kept, saved, weights, name, self._keys([name], _WEIGHT)[0])
+
+
+# Between formats. These know nothing of Muon.
+
+
+def _saved(saved: Mapping[str, Tensor], key: str, shape: Sequence[int]) -> Tensor:
+    """Return `saved[key]`, of `shape`."""
+    if key not in saved:
+        raise BadInput(f"the checkpoint lacks the optimizer state {key}; resume with its own settings")
+    value = saved[key]
+    if value.shape != torch.Size(shape):
+        raise BadInput(
+            f"the checkpoint's optimizer state {key} is {tuple(value.shape)}, this run needs {tuple(shape)}; "
+            "resume with the settings it was saved with"
+        )
+    return value
+
+
+def load_state(place: Stored, saved: Mapping[str, Tensor], name: str, seed: int) -> None:
+    """Write what was saved as `name` (and `<name>.scale`) into `place`, in its format."""
+    data = _saved(saved, name, place.data.shape)
+    theirs = codec_of(data.dtype)
+    blocks = math.ceil(data.numel() / BLOCK)
+    value = Stored(data, _saved(saved, f"{name}.scale", (blocks,)) if theirs.blocked else None)
+    if data.dtype == place.data.dtype:
+        place.data.copy_(data)
+        if place.scale is not None and value.scale is not None:
+            place.scale.copy_(value.scale)
+        return
+    codec_of(place.data.dtype).encode_(place, theirs.decode(value).to(place.data.device), seed)
+
+
+def load_weight(
+    parameter: Tensor, kept: Tensor | None, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, seed: int
+) -> None:
+    """Write the weight `name`, as a whole in fp32, into `parameter` and what this run keeps beside it."""
+    beside = next((f"{name}.{what}" for what in ("master", "remainder") if f"{name}.{what}" in saved), None)
+    if beside is None and kept is None:
+        return  # the model's weights are all there is, and the model has loaded them
+    rest = None if beside is None else _saved(saved, beside, parameter.shape)
+    weight = weights[name]
+    if rest is not None and kept is not None and rest.dtype == kept.dtype and weight.dtype == parameter.dtype:
+        parameter.copy_(weight)
+        kept.copy_(rest)
+        return
+    write_weight(parameter, kept, read_weight(weight, rest).to(parameter.device), seed)

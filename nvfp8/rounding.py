@@ -2,7 +2,8 @@
 
 An average kept in FP8 moves by less than half a step per update, so rounding to nearest never moves it: it freezes. Rounded up
 with the probability of the part that is cut off, it moves as it should on average. The random bits are a hash of (key, index):
-the same step of the same run rounds alike on every machine and on any number of ranks, and nothing has to be stored.
+the same step of the same run rounds alike on every machine, on any number of ranks, in this file and in the Triton kernels
+(`nvfp8/kernels/rounding.py` has the same functions), and nothing has to be stored.
 
 FP8 alone spans 2^18 (E4M3) or 2^32 (E5M2) from its smallest to its largest number. A scale for every 128 elements, the block's
 largest magnitude over the format's, puts each block's range where its values are.

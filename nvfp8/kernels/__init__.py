@@ -13,6 +13,7 @@ from nvfp8.kernels.norm import (
     norm_forward,
 )
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
+from nvfp8.kernels.symmetric import symmetric_product_
 
 __all__ = [
     "add_rows_",
@@ -30,4 +31,5 @@ __all__ = [
     "relu_squared_backward_",
     "scale_",
     "softcap_cross_entropy_",
+    "symmetric_product_",
 ]

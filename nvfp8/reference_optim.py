@@ -1,0 +1,93 @@
+"""The twins of the optimizers' kernels; `nvfp8/reference.py` says what a twin is, and offers these beside its own.
+
+They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; every number is
+the same. What is rounded stochastically takes one key a matrix, and each element's position inside its matrix: neither the order
+of matrices in a stack nor the way a stack is cut into chunks changes a bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nvfp8.state import Stored, codec_of, read_weight, write_weight
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def muon_nesterov_(
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float, mu: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """Momentum of n matrices of one shape, and their Nesterov gradient: m ← m + take·(g − m), x = g + mu·(m − g).
+
+    x sees the momentum before it is rounded to be stored.
+
+    Args:
+        gradients: n of (r, c), any floats.
+        momentum: (n, r, c), in the dtype it is stored in; updated.
+        scales: (n, ⌈rc / 128⌉) fp32 where the momentum is FP8, else None; updated.
+        x: (n, r, c); written.
+        take: 1 − mu, exact.
+        mu: μ.
+        keys: n of 31 bits, for FP8.
+    """
+    assert scales is None or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    for i, (grad, stored, out) in enumerate(zip(gradients, momentum, x, strict=True)):
+        g = _wide(grad)
+        m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
+        m = m + take * (g - m)
+        if scales is None or keys is None:
+            stored.copy_(m)
+        else:
+            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, keys[i])
+        out.copy_(g + mu * (m - g))
+
+
+def muon_descend_(
+    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """One step of n matrices along u = x·scale, decayed where u pulls the same way: w ← w − lr·u − lr_wd·w [u·w ≥ 0].
+
+    Args:
+        weights: n of (r, c), of one dtype; stepped.
+        kept: (n, r, c), what `nvfp8.state.Master` keeps beside bf16 weights: fp32 copies, int8 or int16 remainders. None: the
+            weights are all there is, and bf16 is rounded stochastically.
+        x: (n, r, c), as Polar Express left it.
+        scale: (n, r, 1) or (n, 1, c) fp32.
+        lr: learning rate.
+        lr_wd: learning rate times weight decay.
+        keys: n of 31 bits, for bf16 with int8 or nothing beside it.
+    """
+    drawn = weights[0].dtype == torch.bfloat16 and (kept is None or kept.dtype == torch.int8)
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    for i, weight in enumerate(weights):
+        beside = None if kept is None else kept[i]
+        w = weight if weight.dtype == torch.float64 else read_weight(weight, beside)
+        u = _wide(x[i]) * scale[i]
+        value = w - lr * u - lr_wd * w * (u * w >= 0)
+        write_weight(weight, beside, value, keys[i] if drawn and keys is not None else None)
+
+
+def symmetric_product_(
+    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0
+) -> None:
+    """Write α·a·bᵀ + β·c + δ·I, of which the caller knows that it is symmetric: the upper half counts.
+
+    Args:
+        a: (n, m, k), any strides.
+        b: (n, m, k), any strides; a itself, or such that a·bᵀ is symmetric (as for two symmetric matrices that commute).
+        out: (n, m, m); written, exactly symmetric. None of the operands.
+        alpha: α.
+        c: (n, m, m) symmetric, or None.
+        beta: β.
+        diagonal: δ.
+    """
+    value = alpha * (_wide(a) @ _wide(b).mT)
+    if c is not None:
+        value = value + beta * _wide(c)
+    value.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    out.copy_(value.triu() + value.triu(1).mT)
