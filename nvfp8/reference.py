@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nvfp8.reference_optim import AdamWTensor as AdamWTensor
+from nvfp8.reference_optim import adamw_ as adamw_
+
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23
 # Queries and keys are sharpened after their norm: each carries the factor 1.2.
