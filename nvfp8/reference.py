@@ -10,6 +10,8 @@ Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E hea
 import torch
 from torch import Tensor
 
+from nvfp8.reference_optim import AdamWTensor as AdamWTensor
+from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
 from nvfp8.reference_optim import symmetric_product_ as symmetric_product_

@@ -4,6 +4,7 @@ The wrappers of `nvfp8.kernels` run on CPU tensors of training's shapes and dtyp
 refuses shows here rather than on a rented machine. Prints the kernels' names and shared memory as JSON.
 """
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -100,6 +101,28 @@ def call_everything() -> None:
                 for rows_first in (x, x.mT.contiguous().mT):
                     kernels.symmetric_product_(rows_first, rows_first, gram)
                 kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
+    compile_adamw(kernels)
+
+
+def compile_adamw(kernels: Any) -> None:
+    """Every codec of each moment, every form of weights, with and without 16 dividing the size."""
+    from nvfp8.reference import AdamWTensor
+    from nvfp8.state import MASTERS, STATE_DTYPES, codec, master
+
+    def call(dtype: torch.dtype, gradient: torch.dtype, first: str, second: str, kept: str, size: int) -> None:
+        parameter = torch.zeros(size, dtype=dtype)
+        states = codec(first).allocate((size,), "cpu"), codec(second, second_moment=True).allocate((size,), "cpu")
+        rest, keys = master(kept).allocate(parameter), (1, 2, None if kept == "fp32" else 3)
+        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, keys)])
+
+    codecs = [name for name in STATE_DTYPES if name != "e4m3" or CAPABILITY >= 89]  # Triton has no E4M3 before
+    for first, second in itertools.product(codecs, codecs):
+        call(torch.bfloat16, torch.bfloat16, first, second, "bf16+8", 8192)
+    for kept in MASTERS:
+        call(torch.bfloat16, torch.float32, codecs[-1], codecs[-2], kept, 8192)
+    for size in (7, 8192):
+        call(torch.float32, torch.float32, "fp32", "fp32", "fp32", size)
+    call(torch.bfloat16, torch.float32, codecs[-1], codecs[-1], "bf16+8", 7)
 
 
 if __name__ == "__main__":
