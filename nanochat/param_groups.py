@@ -52,7 +52,7 @@ def groups(
     weight_decay: float,
     batch_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups: name, kind ("adamw" or "muon"), params, names, lr, initial_lr and the kind's own.
+    """Return the parameter groups: name, kind ("adamw" or "muon"), params, param_names, lr, initial_lr and the kind's own.
 
     Args:
         model: with nanochat's parameter names.
@@ -87,13 +87,13 @@ def groups(
         "kind": "muon", "lr": matrix_lr * scale, "momentum": 0.85, "beta2": 0.9, "weight_decay": weight_decay
     }  # fmt: skip
     for name, group in result.items():
-        group.update(name=name, params=[], names=[], initial_lr=group["lr"])
+        group.update(name=name, params=[], param_names=[], initial_lr=group["lr"])
     for name, parameter in model.named_parameters():
         key = _group_of(name)
         if key is None:
             raise ValueError(f"the parameter {name} belongs to no optimizer group")
         result[key]["params"].append(parameter)
-        result[key]["names"].append(name)
+        result[key]["param_names"].append(name)
     if not result["norm_weights"]["params"]:  # only Transformer Engine's norms have any, and only where asked for
         del result["norm_weights"]
     return list(result.values())
@@ -116,7 +116,7 @@ def ownership(groups: Iterable[dict[str, Any]], world: int) -> dict[str, int]:
     """
     sizes: dict[str, dict[str, int]] = {}
     for group in groups:
-        by_name = {name: p.numel() for name, p in zip(group["names"], group["params"], strict=True)}
+        by_name = {name: p.numel() for name, p in zip(group["param_names"], group["params"], strict=True)}
         sizes.setdefault(group["kind"], {}).update(by_name)
     return {name: rank for of_kind in sizes.values() for name, rank in owners(of_kind, world).items()}
 
@@ -126,6 +126,6 @@ def owned(groups: Iterable[dict[str, Any]], kind: str, owner: Mapping[str, int],
     result = []
     for group in groups:
         if group["kind"] == kind:
-            mine = [i for i, name in enumerate(group["names"]) if owner[name] == rank]
-            result.append({**group, **{key: [group[key][i] for i in mine] for key in ("params", "names")}})
+            mine = [i for i, name in enumerate(group["param_names"]) if owner[name] == rank]
+            result.append({**group, **{key: [group[key][i] for i in mine] for key in ("params", "param_names")}})
     return result

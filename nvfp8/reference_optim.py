@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nvfp8.rounding import draw, three
 from nvfp8.state import Stored, codec_of, read_weight, write_weight
 
 
@@ -24,8 +25,8 @@ class AdamWTensor(NamedTuple):
         exp_avg_sq: the second moment v; in FP8 its square root.
         rest: what is kept beside the parameter, as `nvfp8.state.Master` says, or None.
         factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
-        keys: of the rounding of m, v and the parameter, 31 bits each; those of moments count in FP8 only. None for the
-            parameter rounds it to nearest.
+        key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
+        stochastic: whether a bf16 parameter is, too, or to nearest.
     """
 
     parameter: Tensor
@@ -34,11 +35,12 @@ class AdamWTensor(NamedTuple):
     exp_avg_sq: Stored
     rest: Tensor | None
     factors: tuple[float, float, float, float, float, float]
-    keys: tuple[int, int, int | None]
+    key: int
+    stochastic: bool
 
 
 def adamw_(tensors: Sequence[AdamWTensor]) -> None:
-    """One step of AdamW for many tensors, in place; `nanochat/adamw.py` has the formula."""
+    """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula."""
     for t in tensors:
         take1, take2, step_size, unbias2, eps, keep = t.factors
         first, second = codec_of(t.exp_avg.data.dtype), codec_of(t.exp_avg_sq.data.dtype, second_moment=True)
@@ -49,9 +51,10 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         v = v + take2 * (g * g - v)
         value = read_weight(t.parameter, t.rest)
         value = value * keep - step_size * (m / ((v * unbias2).sqrt() + eps))
-        first.encode_(t.exp_avg, m, t.keys[0])
-        second.encode_(t.exp_avg_sq, v, t.keys[1])
-        write_weight(t.parameter, t.rest, value, t.keys[2])
+        for_weight, for_first, for_second = three(draw(value, t.key))
+        first.encode_(t.exp_avg, m, for_first)
+        second.encode_(t.exp_avg_sq, v, for_second)
+        write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def muon_nesterov_(
         if scales is None or keys is None:
             stored.copy_(m)
         else:
-            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, keys[i])
+            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, draw(m, keys[i]))
         out.copy_(g + mu * (m - g))
 
 
@@ -110,7 +113,7 @@ def muon_descend_(
         w = weight if weight.dtype == torch.float64 else read_weight(weight, beside)
         u = _wide(x[i]) * scale[i]
         value = w - lr * u - lr_wd * w * (u * w >= 0)
-        write_weight(weight, beside, value, keys[i] if drawn and keys is not None else None)
+        write_weight(weight, beside, value, draw(value, keys[i]) if drawn and keys is not None else None)
 
 
 def symmetric_product_(

@@ -55,6 +55,27 @@ def random_bits(index: Tensor, key: int) -> Tensor:
     return value ^ (value >> 16)
 
 
+def draw(value: Tensor, key: int) -> Tensor:
+    """32 random bits for each element of `value`, by its place in memory order: int64 in [0, 2^32), value's shape."""
+    return random_bits(torch.arange(value.numel(), device=value.device), key).view(value.shape)
+
+
+def three(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one draw three, each with 16 random bits on top: a hash an element is what kernels can afford, not three.
+
+    The halves of a draw share nothing. The third mixes both: whatever one half is, the other makes its upper bits uniform, so
+    any two of the three are independent; all three together are not, which no rounding asks for. 16 bits round a bf16 weight
+    without bias, and anything else with a bias below 2^-16 of a step.
+
+    Args:
+        bits: int64 in [0, 2^32).
+
+    Returns:
+        Three of the same kind: the upper half, the lower half, the mixture.
+    """
+    return bits, (bits << 16) & _MASK, (bits * 0x9E3779B1) & _MASK
+
+
 def uniform(bits: Tensor) -> Tensor:
     """Random bits as fp32 in [0, 1), multiples of 2^-24."""
     return (bits >> 8).float() * 2.0**-24
@@ -67,7 +88,8 @@ def to_grid(value: Tensor, dtype: torch.dtype, noise: Tensor | None, squared: bo
         value: fp32, at most the format's largest number in magnitude; NaN and inf become NaN.
         dtype: a key of FORMATS.
         noise: fp32 in [0, 1), value's shape: rounds up where the part cut off exceeds it. None rounds to nearest, ties up.
-        squared: the square of the result, not the result, is right on average (for second moments kept as roots).
+        squared: the square of the result, not the result, is right on average (for second moments kept as roots); but what is
+            not 0 never becomes 0, for the step of a weight is divided by it.
 
     Returns:
         fp32, exact in `dtype`.
@@ -81,11 +103,11 @@ def to_grid(value: Tensor, dtype: torch.dtype, noise: Tensor | None, squared: bo
     if noise is None:
         up = steps - below >= 0.5
     elif squared:
-        up = noise * (2 * below + 1) < steps * steps - below * below
+        up = (noise * (2 * below + 1) < steps * steps - below * below) | ((below == 0) & (steps > 0))
     else:
         up = noise < steps - below
     rounded = ((below + up) * step).clamp_max(largest)
-    return torch.where(value.isfinite(), rounded.copysign(value), torch.nan)
+    return torch.where(value.isfinite(), torch.where(value < 0, -rounded, rounded), torch.nan)
 
 
 def encode(value: Tensor, dtype: torch.dtype, noise: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:

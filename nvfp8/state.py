@@ -3,7 +3,8 @@
 State: `Codec`. fp32 and bf16 are plain numbers; e4m3 and e5m2 are FP8 with an fp32 scale for every 128 elements, rounded
 stochastically (`nvfp8/rounding.py` says why). A second moment spans many more orders of magnitude than a first, so in FP8 its
 square root is kept: E4M3's 2^18 become 2^36, with steps of at most 1/4. (COAT, arXiv 2410.19313, expands the range with a
-power chosen for each block; the fixed power 1/2 needs no second scale and no logarithm.)
+power chosen for each block; the fixed power 1/2 needs no second scale and no logarithm.) Roots that are not 0 are never
+rounded to 0: a weight whose second moment vanished would move by its first over eps.
 
 Weights: `Master`. Beside bf16 weights, which layers compute with, what bf16 cuts off: nothing, a byte, or 16 bits, which make the
 weight exact fp32; or a whole fp32 copy. What is not kept is rounded stochastically, so updates far below bf16's spacing add up.
@@ -67,14 +68,19 @@ class Codec:
             return stored.data.float()
         return rounding.decode(stored.data.flatten(), stored.scale, self.root).view(stored.data.shape)
 
-    def encode_(self, stored: Stored, value: Tensor, key: int) -> None:
-        """Write fp32 `value` into `stored`, in place; `key` seeds the rounding of FP8."""
+    def encode_(self, stored: Stored, value: Tensor, bits: Tensor | None) -> None:
+        """Write fp32 `value` into `stored`, in place.
+
+        Args:
+            stored: as `allocate` made it.
+            value: its shape.
+            bits: of `rounding.draw`, for FP8; None rounds to nearest, as fp32 and bf16 always are.
+        """
         if stored.scale is None:
             stored.data.copy_(value)
             return
         flat = value.flatten()
-        noise = rounding.uniform(rounding.random_bits(torch.arange(len(flat), device=flat.device), key))
-        data, scale = rounding.encode(flat, self.dtype, noise, self.root)
+        data, scale = rounding.encode(flat, self.dtype, None if bits is None else rounding.uniform(bits.flatten()), self.root)
         stored.data.copy_(data.view(stored.data.shape))
         stored.scale.copy_(scale)
 
@@ -160,25 +166,23 @@ def read_weight(parameter: Tensor, rest: Tensor | None) -> Tensor:
     return rest if rest.dtype == torch.float32 else rounding.join(parameter, rest)
 
 
-def write_weight(parameter: Tensor, rest: Tensor | None, value: Tensor, key: int | None) -> None:
+def write_weight(parameter: Tensor, rest: Tensor | None, value: Tensor, bits: Tensor | None) -> None:
     """Store fp32 `value` as a weight and what is kept beside it, in place.
 
     Args:
         parameter: fp32 or bf16.
         rest: as `Master.allocate` made it.
         value: the parameter's shape.
-        key: seeds the rounding of what is not kept; None rounds to nearest. Beside fp32 copies it is not used.
+        bits: of `rounding.draw`, for the rounding of what is not kept; None rounds to nearest. Beside fp32 copies they are
+            not used.
     """
-    if parameter.dtype == torch.float32 or (rest is None and key is None):
+    if parameter.dtype == torch.float32 or (rest is None and bits is None):
         parameter.copy_(value)
         return
     if rest is not None and rest.dtype == torch.float32:
         rest.copy_(value)
         parameter.copy_(value)
         return
-    bits = None
-    if key is not None:
-        bits = rounding.random_bits(torch.arange(value.numel(), device=value.device), key).view(value.shape)
     weight, remainder = rounding.split(value.contiguous(), None if rest is None else rest.dtype, bits)
     parameter.copy_(weight)
     if rest is not None and remainder is not None:

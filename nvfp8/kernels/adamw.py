@@ -3,14 +3,15 @@
 Decoding, fp32 update, encoding and the weight's write happen in registers: no tensor is ever whole in fp32. What bounds it is
 memory, so nothing else may: the host pays for one upload a step and one launch a combination of dtypes, however many tensors.
 
-The upload is a table, a row of 104 bytes for each tensor, from pinned memory: its addresses, its size, its keys for rounding and
-its factors. Gradients are new tensors every step, and schedules change the factors, so most of it is news anyway; and values
+The upload is a table, a row of 96 bytes for each tensor, from pinned memory: its addresses, its size, its key for rounding and its
+factors. Gradients are new tensors every step, and schedules change the factors, so most of it is news anyway; and values
 from memory never compile anything anew, as arguments may. A second table stays on the device: which tensor and which block of
 4096 elements each program takes. It depends on sizes only.
 
 A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
 compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
-such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut.
+such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash an
+element serves both moments and the weight (`rounding.three`): with three, arithmetic would bound the kernel rather than memory.
 """
 
 import functools
@@ -31,12 +32,12 @@ _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
 }  # fmt: skip
-# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then three int32 keys and
-# one word to fill, and six fp32 factors: the table is read as each of the three types.
-_ROW = struct.Struct("<8q4i6f")
+# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key, six fp32
+# factors, and four bytes to fill: the table is read as each of the three types.
+_ROW = struct.Struct("<8qi6f4x")
 _WORDS = tl.constexpr(_ROW.size // 8)
-_KEYS = tl.constexpr(16)  # their place in a row, counted in 4 bytes
-_FACTORS = tl.constexpr(20)
+_KEY = tl.constexpr(16)  # their place in a row, counted in 4 bytes
+_FACTORS = tl.constexpr(17)
 
 
 @triton.jit
@@ -48,7 +49,10 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _read(addresses, at, size, block, TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _read(
+    addresses, at, size, block,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A moment's block in fp32; `addresses` points at those of its numbers and scales."""
     stored = tl.load(_pointer(addresses, TYPE, ALIGNED) + at, at < size, 0.0)
     if FORMAT is None:
@@ -63,7 +67,7 @@ def _read(addresses, at, size, block, TYPE: tl.constexpr, FORMAT: tl.constexpr, 
 
 @triton.jit
 def _write(
-    addresses, value, at, size, block, key,
+    addresses, value, at, size, block, bits,
     TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
@@ -76,8 +80,7 @@ def _write(
             tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
-        noise = rounding.uniform(rounding.random_bits(at, key))
-        on_grid, scale = rounding.encode(value, noise, ROWS, FORMAT[0], FORMAT[1], FORMAT[2], ROOT)
+        on_grid, scale = rounding.encode(value, rounding.uniform(bits), ROWS, FORMAT[0], FORMAT[1], FORMAT[2], ROOT)
         tl.store(_pointer(addresses, TYPE, ALIGNED) + at, on_grid.to(TYPE), at < size)
         row = block * ROWS + tl.arange(0, ROWS)
         tl.store(_pointer(addresses + 1, tl.float32, False) + row, scale, row * rounding.BLOCK < size)
@@ -92,13 +95,14 @@ def _adamw(
     tensor = tl.load(BLOCKS + 2 * tl.program_id(0))
     block = tl.load(BLOCKS + 2 * tl.program_id(0) + 1)
     row = TABLE + tensor * _WORDS
-    keys = KEYS + tensor * (2 * _WORDS) + _KEYS
     factors = FACTORS + tensor * (2 * _WORDS) + _FACTORS
     size = tl.load(row + 7).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
+    # Where nothing is rounded by them, the compiler drops them.
+    bits, for_first, for_second = rounding.three(rounding.random_bits(at, tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)))
 
     g = tl.load(_pointer(row + 1, GRADIENT, ALIGNED) + at, mask, 0.0).to(tl.float32)
     m = _read(row + 2, at, size, block, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
@@ -106,8 +110,8 @@ def _adamw(
     v = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
     v += tl.load(factors + 1) * (g * g - v)
     step = tl.load(factors + 2) * (m / (tl.sqrt(v * tl.load(factors + 3)) + tl.load(factors + 4)))
-    _write(row + 2, m, at, size, block, tl.load(keys), FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
-    _write(row + 4, v, at, size, block, tl.load(keys + 1), SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
+    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
 
     keep = tl.load(factors + 5)
     if PARAMETER == tl.float32:
@@ -124,9 +128,7 @@ def _adamw(
         else:
             value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
         value = value * keep - step
-        if STOCHASTIC:
-            bits = rounding.random_bits(at, tl.load(keys + 2))
-        else:
+        if not STOCHASTIC:
             bits = rounding.nearest(value)
         top, remainder = rounding.split(value, bits, EXTRA)
         tl.store(weight, top.to(tl.int16), mask)
@@ -161,13 +163,14 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         addresses = [0 if x is None else x.data_ptr() for x in (*elements[:2], *moments, t.rest)]
         # Scales are few: they are loaded one by one wherever they are.
         aligned = not size % 16 and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
-        rows.append(_ROW.pack(*addresses, size, *t.keys[:2], t.keys[2] or 0, 0, *t.factors))
+        rows.append(_ROW.pack(*addresses, size, t.key, *t.factors))
         if size:
-            kinds = (*(None if x is None else x.dtype for x in elements), t.keys[2] is not None, aligned)
+            kinds = (*(None if x is None else x.dtype for x in elements), t.stochastic, aligned)
             launches.setdefault(kinds, []).append((row, size))
     if not launches:
         return
     device = tensors[0].parameter.device
+    assert all(t.parameter.device == device for t in tensors), "one launch is on one device"
     table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done

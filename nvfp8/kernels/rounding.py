@@ -20,6 +20,12 @@ def random_bits(index, key):
 
 
 @triton.jit
+def three(bits):
+    """Of one draw (uint32) three, each with 16 random bits on top."""
+    return bits, bits << 16, bits * 0x9E3779B1
+
+
+@triton.jit
 def uniform(bits):
     """Random bits as fp32 in [0, 1), multiples of 2^-24."""
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
@@ -35,7 +41,7 @@ def to_grid(value, noise, SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, LARGES
     steps = magnitude * per_step
     below = tl.floor(steps)
     if SQUARED:
-        up = noise * (2 * below + 1) < steps * steps - below * below
+        up = (noise * (2 * below + 1) < steps * steps - below * below) | ((below == 0) & (steps > 0))
     else:
         up = noise < steps - below
     rounded = tl.minimum((below + up.to(tl.float32)) * step, LARGEST)

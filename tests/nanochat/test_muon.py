@@ -55,7 +55,7 @@ def twin_step(
 
 def make(start: dict[str, Tensor], dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[dict[str, Tensor], Muon]:
     params = {name: torch.nn.Parameter(v.clone()) for name, v in start.items()}
-    return params, Muon([{"params": list(params.values()), "names": list(params), **HYPER}], dtype, **kwargs)
+    return params, Muon([{"params": list(params.values()), "param_names": list(params), **HYPER}], dtype, **kwargs)
 
 
 def run(params: dict[str, Tensor], opt: Muon, grads: list[dict[str, Tensor]]) -> None:
@@ -133,7 +133,7 @@ def test_chunks_change_nothing_and_obey_the_bound() -> None:
     results = []
     for workspace, chunk in ((1, 1), (3 * matrix, 3), (2**20, 7)):
         params, opt = make(start, workspace=workspace)
-        assert opt._chunk(opt._stacks[0][0]) == chunk
+        assert opt._chunk(opt._stacks[0]) == chunk
         run(params, opt, grads)
         results.append(torch.stack([p.detach() for p in params.values()]))
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
@@ -146,7 +146,7 @@ def test_bf16_gradients_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     wide, opt = make(start)
     run(wide, opt, grads)
     narrow, opt = make(start)
-    monkeypatch.setattr("nanochat.muon.gradient", lambda p: p.grad.bfloat16())
+    monkeypatch.setattr("nanochat.optimizer.gradient", lambda p: p.grad.bfloat16())
     run(narrow, opt, grads)
     for k in start:
         assert torch.equal(wide[k], narrow[k])
@@ -314,13 +314,13 @@ def test_an_fp8_momentum_follows_the_fp32_one_over_100_steps(state: str) -> None
 def test_on_kernels_it_follows_the_rule(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter without a GPU; some gradients missing, one strided, chunks of one and two matrices."""
     kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
-    monkeypatch.setattr("nanochat.muon.ops", lambda x: kernels)
+    monkeypatch.setattr("nvfp8.optim.muon.ops", lambda x: kernels)
     monkeypatch.setattr("nvfp8.polar_express.ops", lambda x: kernels)
-    monkeypatch.setattr("nanochat.muon.fastest_products", lambda *shape: products)
+    monkeypatch.setattr("nvfp8.optim.muon.fastest_products", lambda *shape: products)
     start, grads = problem(3)
     workspace = 2 * room(8, 24, torch.float32, products)
     params, opt = make({name: value.to(DEVICE) for name, value in start.items()}, workspace=workspace)
-    assert {opt._chunk(stack) for stack in opt._stacks[0]} == {1, 2}
+    assert {opt._chunk(stack) for stack in opt._stacks} == {1, 2}
     for i, step in enumerate(grads):
         for name, p in params.items():
             p.grad = step[name].to(DEVICE)
@@ -362,7 +362,7 @@ def test_after_its_first_step_nothing_is_compiled(kept: str, products: str, monk
     from nvfp8.kernels.muon import _muon_descend, _muon_nesterov
     from nvfp8.kernels.symmetric import _symmetric_product
 
-    monkeypatch.setattr("nanochat.muon.fastest_products", lambda *shape: products)
+    monkeypatch.setattr("nvfp8.optim.muon.fastest_products", lambda *shape: products)
     start = {k: torch.randn(s, device="cuda").bfloat16() for k, s in {**SHAPES, "q": (32, 32), "fc": (128, 32)}.items()}
     params, opt = make(start, torch.bfloat16, workspace=1, state="e5m2", master=kept)
     counts = []

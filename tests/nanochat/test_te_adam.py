@@ -53,10 +53,10 @@ def gradients(values: Weights, steps: int) -> list[Weights]:
 def groups(values: Weights) -> tuple[Weights, list[dict[str, Any]]]:
     params = {k: torch.nn.Parameter(v.clone()) for k, v in values.items()}
     common = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-    tables = {"params": [params["table"]], "names": ["table"], **common, "master": False}
+    tables = {"params": [params["table"]], "param_names": ["table"], **common, "master": False}
     rest = [k for k in params if k != "table"]
-    empty = {"params": [], "names": [], **common, "master": True}  # as on a rank that owns none of a group
-    return params, [empty, {"params": [params[k] for k in rest], "names": rest, **common, "master": True}, tables]
+    empty = {"params": [], "param_names": [], **common, "master": True}  # as on a rank that owns none of a group
+    return params, [empty, {"params": [params[k] for k in rest], "param_names": rest, **common, "master": True}, tables]
 
 
 def run(params: Weights, opt: TEAdam | AdamW, grads: list[Weights]) -> None:

@@ -105,18 +105,19 @@ def call_everything() -> None:
 
 
 def compile_adamw(kernels: Any) -> None:
-    """Every codec of each moment, every form of weights, with and without 16 dividing the size."""
+    """Every codec of each moment beside one of the other, every form of weights, with and without 16 dividing the size."""
     from nvfp8.reference import AdamWTensor
     from nvfp8.state import MASTERS, STATE_DTYPES, codec, master
 
     def call(dtype: torch.dtype, gradient: torch.dtype, first: str, second: str, kept: str, size: int) -> None:
         parameter = torch.zeros(size, dtype=dtype)
         states = codec(first).allocate((size,), "cpu"), codec(second, second_moment=True).allocate((size,), "cpu")
-        rest, keys = master(kept).allocate(parameter), (1, 2, None if kept == "fp32" else 3)
-        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, keys)])
+        rest = master(kept).allocate(parameter)
+        stochastic = kept != "fp32"
+        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, 1, stochastic)])
 
     codecs = [name for name in STATE_DTYPES if name != "e4m3" or CAPABILITY >= 89]  # Triton has no E4M3 before
-    for first, second in itertools.product(codecs, codecs):
+    for first, second in {*itertools.product(codecs, codecs[-1:]), *itertools.product(codecs[-1:], codecs)}:
         call(torch.bfloat16, torch.bfloat16, first, second, "bf16+8", 8192)
     for kept in MASTERS:
         call(torch.bfloat16, torch.float32, codecs[-1], codecs[-2], kept, 8192)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import rounding
-from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, to_grid, uniform
+from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, three, to_grid, uniform
 
 DTYPES = list(FORMATS)
 
@@ -61,7 +61,7 @@ def test_every_code_is_its_own_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("squared", [False, True])
 def test_between_two_codes_the_mean_is_kept(dtype: torch.dtype, part: float, squared: bool) -> None:
-    values = codes(dtype).clamp_min(0).unique()
+    values = codes(dtype).clamp_min(0).unique()[1 if squared else 0 :]  # what is squared never falls to 0
     low, high = values[:-1], values[1:]
     between = (low + (high - low) * part)[:, None].expand(-1, 4000)
     drawn = to_grid(between.flatten(), dtype, noise(between.numel()), squared).view_as(between)
@@ -72,6 +72,32 @@ def test_between_two_codes_the_mean_is_kept(dtype: torch.dtype, part: float, squ
     assert (error.abs() < 5 * width * 0.5 / math.sqrt(4000)).all()  # five standard deviations of a coin
     signed = to_grid(-between.flatten(), dtype, noise(between.numel()), squared)
     assert torch.equal(signed, -drawn.flatten())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_root_never_becomes_0_and_other_numbers_do(dtype: torch.dtype) -> None:
+    first = codes(dtype).clamp_min(0).unique()[1]
+    values = torch.cat((torch.logspace(-30, 0, 500) * first * 0.999, torch.zeros(1)))
+    for drawn in (torch.zeros(501), torch.full((501,), 1 - 2**-16)):
+        assert torch.equal(to_grid(values, dtype, drawn, squared=True) > 0, values > 0)
+    assert (to_grid(values, dtype, torch.full((501,), 1 - 2**-16))[:400] == 0).all()
+    # Beside a value that holds the scale: its second moment is kept, however small, if fp32 can hold it.
+    block = torch.cat((torch.ones(1), torch.logspace(-30, 0, BLOCK - 1)))
+    assert (decode(*encode(block, dtype, noise(BLOCK), root=True), root=True) > 0).all()
+
+
+def test_one_draw_gives_three_that_are_pairwise_independent() -> None:
+    parts = three(random_bits(torch.arange(1 << 18), key(3, 0, 0, 0)))
+    for part in parts:
+        upper = part >> 16
+        assert upper.unique().numel() > 0.97 * 65536  # of 2^18 draws, 98.2 % of 2^16 values are expected
+        for position in range(16):
+            assert abs(float((upper >> position & 1).float().mean()) - 0.5) < 0.005
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        table = torch.zeros(64, 64)  # by their six upper bits: 64 a cell, ± 8
+        table.view(-1).index_add_(0, (parts[one] >> 26) * 64 + (parts[other] >> 26), torch.ones(1 << 18))
+        chi_squared = float((table - 64).square().sum() / 64)
+        assert abs(chi_squared - 4095) < 5 * (2 * 4095) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from nvfp8.rounding import draw
 from nvfp8.state import MASTERS, STATE_DTYPES, codec, codec_of, master, read_weight, write_weight
 
 
@@ -14,7 +15,7 @@ def test_every_bf16_value_survives_a_round_trip_through_bf16_and_fp32() -> None:
     for name in ("bf16", "fp32"):
         c = codec(name)
         stored = c.allocate(values.shape, "cpu")
-        c.encode_(stored, values, 0)
+        c.encode_(stored, values, None)
         decoded = c.decode(stored)
         assert decoded.dtype == torch.float32
         assert torch.equal(decoded, values)
@@ -23,7 +24,7 @@ def test_every_bf16_value_survives_a_round_trip_through_bf16_and_fp32() -> None:
 def test_bf16_rounds_to_nearest_even() -> None:
     c = codec("bf16")
     stored = c.allocate((3,), "cpu")
-    c.encode_(stored, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]), 0)  # ties to even, then above a tie
+    c.encode_(stored, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]), None)  # ties to even, then above a tie
     assert c.decode(stored).tolist() == [1.0, 1 + 2**-6, 1 + 2**-7]
 
 
@@ -64,7 +65,7 @@ def test_fp8_keeps_shapes_and_the_sign_of_the_error_is_a_coin(name: str, shape: 
     stored = c.allocate(shape, "cpu")
     total = torch.zeros(shape)
     for key in range(300):
-        c.encode_(stored, value, key * 7919)
+        c.encode_(stored, value, draw(value, key * 7919))
         assert c.decode(stored).shape == value.shape
         total += c.decode(stored)
     assert ((total / 300 - value).abs() < 0.02 if name == "e4m3" else (total / 300 - value).abs() < 0.04).all()
@@ -77,7 +78,7 @@ def test_a_weight_is_what_it_and_its_master_make(name: str) -> None:
     rest = master(name).allocate(weight)
     assert torch.equal(read_weight(weight, rest), torch.zeros(40, 3))
     for key in (None, 5):
-        write_weight(weight, rest, value, key)
+        write_weight(weight, rest, value, None if key is None else draw(value, key))
         bits = {"fp32": 24, "bf16": 8, "bf16+8": 16, "bf16+16": 24}[name]
         bound = value.abs() * (0.0 if bits == 24 else 2.0 ** (1 - bits))
         assert ((read_weight(weight, rest) - value).abs() <= bound).all()
@@ -85,7 +86,7 @@ def test_a_weight_is_what_it_and_its_master_make(name: str) -> None:
         assert ((weight.float() - value).abs() <= value.abs() * (2**-8 + 2**-15)).all()
     whole = torch.zeros(40, 3)
     assert master(name).allocate(whole) is None
-    write_weight(whole, None, value, 5)
+    write_weight(whole, None, value, draw(value, 5))
     assert torch.equal(read_weight(whole, None), value)
 
 
@@ -94,5 +95,5 @@ def test_a_weight_that_is_not_a_number_shows_in_bf16() -> None:
     for name in MASTERS:
         for key in (None, 5):
             weight = torch.zeros(3, dtype=torch.bfloat16)
-            write_weight(weight, rest := master(name).allocate(weight), bad, key)
+            write_weight(weight, rest := master(name).allocate(weight), bad, None if key is None else draw(bad, key))
             assert not weight.isfinite().any() and not read_weight(weight, rest).isfinite().any()
