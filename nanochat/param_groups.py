@@ -6,6 +6,7 @@ the shape of a matrix, so it is Muon's business. With several processes each mat
 `ownership` decides, `owned` cuts the groups down to one process's share.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -97,6 +98,15 @@ def groups(
     if not result["norm_weights"]["params"]:  # only Transformer Engine's norms have any, and only where asked for
         del result["norm_weights"]
     return list(result.values())
+
+
+def backward_position(name: str) -> int:
+    """Where backward reaches a parameter: head, blocks from last to first (MLP, attention), then what feeds the first."""
+    if name.startswith("lm_head."):
+        return -sys.maxsize
+    if name.startswith("transformer.h."):
+        return -2 * int(name.split(".")[2]) - (".mlp." in name)
+    return -sys.maxsize + 1 if name.startswith("ln_f.") else 1
 
 
 def set_hyperparameters(

@@ -107,7 +107,9 @@ def unstorable(state_dtype: str, capability: Capability) -> str | None:
     """
     if state_dtype != "e4m3" or capability >= (8, 9):
         return None
-    return f"conversions from E4M3 came with 8.9, this is compute capability {capability[0]}.{capability[1]}: use e5m2, bf16 or fp32"
+    return (
+        f"conversions from E4M3 came with 8.9, this is compute capability {capability[0]}.{capability[1]}: use e5m2, bf16 or fp32"
+    )
 
 
 def best_recipe(capability: Capability) -> str:

@@ -17,6 +17,7 @@ element serves both moments and the weight (`rounding.three`): with three, arith
 import functools
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -72,7 +73,7 @@ def _write(
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
     if FORMAT is None:
-        if TYPE == tl.bfloat16:
+        if tl.bfloat16 == TYPE:
             # By bits: the interpreter's casts to bf16 cut off.
             bits, _ = rounding.split(value, rounding.nearest(value), 0)
             tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, bits.to(tl.int16), at < size)
@@ -114,16 +115,16 @@ def _adamw(
     _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
 
     keep = tl.load(factors + 5)
-    if PARAMETER == tl.float32:
+    if tl.float32 == PARAMETER:
         weight = _pointer(row, tl.float32, ALIGNED) + at
         tl.store(weight, tl.load(weight, mask, 0.0) * keep - step, mask)
     else:
         weight = _pointer(row, tl.int16, ALIGNED) + at  # bf16, as bits
-        EXTRA: tl.constexpr = 8 if REST == tl.int8 else 16 if REST == tl.int16 else 0
+        EXTRA: tl.constexpr = 8 if tl.int8 == REST else 16 if tl.int16 == REST else 0
         if REST is None:
             stored = tl.load(weight, mask, 0)
             value = rounding.join(stored, tl.zeros_like(stored), 0)
-        elif REST == tl.float32:
+        elif tl.float32 == REST:
             value = tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0)
         else:
             value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
@@ -132,7 +133,7 @@ def _adamw(
             bits = rounding.nearest(value)
         top, remainder = rounding.split(value, bits, EXTRA)
         tl.store(weight, top.to(tl.int16), mask)
-        if REST == tl.float32:
+        if tl.float32 == REST:
             tl.store(_pointer(row + 6, REST, ALIGNED) + at, value, mask)
         elif EXTRA > 0:
             tl.store(_pointer(row + 6, REST, ALIGNED) + at, remainder.to(REST), mask)
@@ -151,7 +152,7 @@ def _blocks(members: tuple[tuple[int, int], ...], device: torch.device) -> Tenso
 def adamw_(tensors: Sequence[AdamWTensor]) -> None:
     """See `nvfp8.reference.adamw_`; all on one device, what is updated contiguous, in dtypes of `nvfp8.state`."""
     rows, gradients = [], []  # a copy of a gradient must outlive the launch, and in this list it does
-    launches: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    launches: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for row, t in enumerate(tensors):
         plain = t.gradient if t.gradient.dtype in (torch.float32, torch.bfloat16) else t.gradient.float()
         gradients.append(plain.contiguous())

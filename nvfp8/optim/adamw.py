@@ -27,7 +27,8 @@ class AdamW(StoredOptimizer):
     coded = ("exp_avg", "exp_avg_sq")
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.01,
         *, exp_avg_dtype: str = "fp32", exp_avg_sq_dtype: str = "fp32", master_weights: str = "fp32", stochastic: bool = True,
         seed: int = 0,
     ) -> None:  # fmt: skip
@@ -72,8 +73,8 @@ class AdamW(StoredOptimizer):
         factors = (
             1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
         )  # fmt: skip
-        moments = (self._stored(p, what) for what in self.coded)
-        return AdamWTensor(local(p), gradient, *moments, self._kept(p), factors, self._key(p), group["stochastic"])
+        first, second = (self._stored(p, what) for what in self.coded)
+        return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"])
 
     def bytes_moved(self) -> int:
         """What one step with the gradients at hand must read and write."""

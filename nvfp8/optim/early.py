@@ -2,9 +2,9 @@
 
 Gradients of all parameters never exist together: 2 or 4 bytes a parameter less wherever they, and not activations, make the peak.
 The price is that a step has one backward pass, and that it can no longer be taken back: by the time a gradient turns out not to be
-finite, what backward reached before it is updated. So every gradient is looked at before its own update, and from the first that
-is not finite on nothing more is updated. What is not finite spreads the way backward goes, so a bad loss or head stops a step
-before it has begun; the caller should look at the loss even before that. Each look makes the host wait for the GPU.
+finite, what backward reached before it is updated. So before each update all gradients that are complete by then are looked at,
+and from the first that is not finite on nothing more is updated. What is not finite spreads the way backward goes, so a bad loss
+or head stops a step before it has begun; the caller should look at the loss even before that. Each look makes the host wait.
 
 A gradient is complete when autograd has accumulated it, which is after the last use of its parameter in backward: nothing will
 read the weight again in this step. Where an optimizer updates several at once (`parts`), the last to be complete starts it.
@@ -12,7 +12,6 @@ read the weight again in this step. Where an optimizer updates several at once (
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,8 @@ class UpdateEarly:
         """Begin a step: rates are set, gradients are None, backward comes next."""
         for optimizer in self._optimizers:
             optimizer.begin()
-        self._completed: dict[Tensor, None] = {}  # in the order in which backward reached them
+        self._completed: set[Tensor] = set()
+        self._unseen: dict[str, Tensor] = {}  # norms of gradients by name
         self._norms: list[float] = []
         self.bad: str | None = None
         self.updated, self._begun = 0, True
@@ -65,29 +65,32 @@ class UpdateEarly:
             if p not in self._completed:
                 self._complete(p)
         self._begun = False
+        if self.bad is not None and not self.updated:  # a step that was not made does not count
+            for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+                group["steps"] -= 1
         return math.hypot(*self._norms)
 
     def _complete(self, parameter: Tensor) -> None:
         if not self._begun:
             return
-        self._completed[parameter] = None
+        self._completed.add(parameter)
+        if parameter.grad is not None:
+            with torch.no_grad():
+                self._unseen[self._names[parameter]] = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
         optimizer, part = self._parts[parameter]
         if any(p not in self._completed for p in part):
             return
-        if self.bad is None:
-            self._look(part)
+        self._look()
         if self.bad is None:
             optimizer.update(part)
             self.updated += len(part)
         for p in part:
             p.grad = None
 
-    def _look(self, part: list[Tensor]) -> None:
-        part_of = set(part)
-        with torch.no_grad():
-            having: list[Any] = [p for p in self._completed if p.grad is not None and p in part_of]
-            if not having:
-                return
-            norms = torch.stack([torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in having]).tolist()
+    def _look(self) -> None:
+        """Look at all gradients that backward has completed since the last look, in that order: one wait for the GPU."""
+        norms = torch.stack(list(self._unseen.values())).tolist() if self._unseen else []
         self._norms += norms
-        self.bad = next((self._names[p] for p, norm in zip(having, norms, strict=True) if not math.isfinite(norm)), None)
+        if self.bad is None:
+            self.bad = next((name for name, norm in zip(self._unseen, norms, strict=True) if not math.isfinite(norm)), None)
+        self._unseen.clear()

@@ -125,7 +125,9 @@ class Muon(StoredOptimizer):
             if p.ndim != 2:
                 raise ValueError(f"Muon takes matrices, {self._names[p]} has shape {tuple(p.shape)}")
             if hasattr(p, "placements"):
-                raise ValueError(f"Muon takes whole matrices, {self._names[p]} is a DTensor: keep it out of fully_shard, or give it to AdamW")
+                raise ValueError(
+                    f"Muon takes whole matrices, {self._names[p]} is a DTensor: keep it out of fully_shard, or give it to AdamW"
+                )
             by_shape.setdefault((p.shape, p.dtype), []).append(p)
         for ((r, c), _), params in by_shape.items():
             n, device = len(params), params[0].device
@@ -141,7 +143,12 @@ class Muon(StoredOptimizer):
 
     def parts(self) -> list[list[Tensor]]:
         """The chunks of stacks that go through Polar Express together."""
-        return [stack.params[i : i + size] for stack in self._stacks for size in (self._chunk(stack),) for i in range(0, len(stack.params), size)]
+        return [
+            stack.params[i : i + size]
+            for stack in self._stacks
+            for size in (self._chunk(stack),)
+            for i in range(0, len(stack.params), size)
+        ]
 
     def _chunk(self, stack: _Stack) -> int:
         """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""

@@ -30,10 +30,10 @@ _WEIGHT, _STATE = 0, 1  # what a key is for: those of a step are `key(..., _WEIG
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies in this process: of a DTensor its shard, of any other itself."""
     whole = tensor.detach()
-    return whole.to_local() if hasattr(whole, "to_local") else whole  # type: ignore[no-any-return]
+    return whole.to_local() if hasattr(whole, "to_local") else whole
 
 
-def _shard(parameter: Tensor) -> str:
+def _shard(parameter: Any) -> str:
     """Which shard `local` is; the same on all processes that hold the same one."""
     if not hasattr(parameter, "placements"):
         return ""
@@ -133,7 +133,7 @@ class StoredOptimizer(torch.optim.Optimizer):
     # Steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:

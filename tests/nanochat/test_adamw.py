@@ -242,7 +242,9 @@ def whole_weight(state: Mapping[str, Tensor], weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("first", "second", "kept"), FORMATS)
-@pytest.mark.parametrize("wanted", [("fp32", "fp32", "fp32"), ("bf16", "e5m2", "bf16"), ("e4m3", "e4m3", "bf16+8"), ("e5m2", "bf16", "bf16+16")])
+@pytest.mark.parametrize(
+    "wanted", [("fp32", "fp32", "fp32"), ("bf16", "e5m2", "bf16"), ("e4m3", "e4m3", "bf16+8"), ("e5m2", "bf16", "bf16+16")]
+)
 def test_any_formats_are_taken_into_any_others(first: str, second: str, kept: str, wanted: tuple[str, str, str]) -> None:
     params, opt = head_and_table(first, second, kept)
     run(params, opt, gradients(3))
@@ -333,7 +335,9 @@ def test_a_rounding_depends_on_seed_step_and_name_alone() -> None:
     params, opt = head_and_table("e4m3", "e4m3", "bf16")
     run(params, opt, gradients(3))
     alone = torch.nn.Parameter(torch.randn(24, 11, generator=torch.Generator().manual_seed(0)).bfloat16())
-    other = AdamW([{"params": [alone], "param_names": ["head"], **HYPER, "master": True}], exp_avg="e4m3", exp_avg_sq="e4m3", master="bf16")
+    other = AdamW(
+        [{"params": [alone], "param_names": ["head"], **HYPER, "master": True}], exp_avg="e4m3", exp_avg_sq="e4m3", master="bf16"
+    )
     run({"head": alone}, other, gradients(3))
     assert torch.equal(alone, params["head"])
     assert torch.equal(other.state_tensors()["head.exp_avg"].float(), opt.state_tensors()["head.exp_avg"].float())
