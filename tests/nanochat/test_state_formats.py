@@ -259,29 +259,25 @@ def test_two_ranks_and_one_store_the_same_and_go_on_from_each_other(
     config: TrainConfig, two_ranks: Callable[..., list[Any]]
 ) -> None:
     """Ownership decides nothing: not how a tensor is rounded, and not whether a checkpoint can be loaded."""
+    config = replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="two")
     arguments = ["-m", "scripts.base_train", "--deterministic"]
-    for flag, value in vars(replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="two")).items():
+    for flag, value in vars(config).items():
         if not isinstance(value, bool) and value not in (None, ""):
             arguments += [f"--{flag.replace('_', '-')}={value}"]
     for process in two_ranks(*arguments):
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-    train(replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="one"))
-    assert (directory("two", 2) / "optim_rank1.safetensors").exists() and not (
-        directory("one", 2) / "optim_rank1.safetensors"
-    ).exists()
+    train(replace(config, model_tag="one"))
+    assert [(directory(tag, 2) / "optim_rank1.safetensors").exists() for tag in ("one", "two")] == [False, True]
     one, two = tensors("one", 2), tensors("two", 2)
-    assert one.keys() == two.keys()
-    # Gradients are summed in another order, in bf16, so values may differ by roundings, formats and shapes may not.
-    assert all(one[name].dtype == two[name].dtype and one[name].shape == two[name].shape for name in one)
-    train(replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="two", resume=True))
-    resumed = Run(
-        replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="two", resume=True),
-        World(0, 1, torch.device("cpu")),
-    )
+    # Gradients are summed in another order, in bf16, so values may differ by roundings; formats and shapes may not.
+    assert {name: (value.dtype, value.shape) for name, value in one.items()} == {n: (v.dtype, v.shape) for n, v in two.items()}
+    resumed = Run(replace(config, resume=True), World(0, 1, torch.device("cpu")))
     state = {name: value for optimizer in resumed.optimizers for name, value in optimizer.state_tensors().items()}
     assert_equal(state, {name: value for name, value in two.items() if name in state})
     resumed.batches.close()
+    assert resumed.metrics is not None
+    resumed.metrics.close()
 
 
 def test_flags_are_those_of_the_configuration() -> None:
