@@ -76,16 +76,13 @@ class StateFormats:
             raise BadInput(f"--master-weights {self.master}: --te-weights fp8 quantizes fp32 matrices; use --te-weights bf16")
         return dataclasses.replace(precision, matrix_dtype=torch.bfloat16)
 
-    def describe(self, precision: Precision) -> dict[str, str]:
+    def describe(self, precision: Precision, adamw: str = "own") -> dict[str, str]:
         """What is stored how, for the line printed at start and the run's record."""
-        tables = "bf16" if precision.compute_dtype == torch.bfloat16 else "fp32"
-        states = {name: getattr(self, name) for name in STATES}
-        words = [
-            f"{name} {chosen or 'fp32'}" + ("" if chosen or name == "momentum" else f" ({tables} of tables)")
-            for name, chosen in states.items()
-        ]
+        tables = str(precision.compute_dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float32", "fp32")
+        moments = [f"{name} {getattr(self, name) or f'fp32, {tables} of tables'}" for name in ("exp_avg", "exp_avg_sq")]
+        states = [*(moments if adamw == "own" else ()), f"momentum {self.momentum or 'fp32'}"]
         whole = precision.matrix_dtype == torch.float32
-        return {"optimizer state": ", ".join(words), "master weights": "the matrices" if whole else self.master or "fp32"}
+        return {"optimizer state": ", ".join(states), "master weights": "the matrices" if whole else self.master or "fp32"}
 
 
 AUTO = StateFormats()

@@ -203,7 +203,7 @@ class Run:
         """What every part of the model really runs in."""
         precision, stored = self.model.precision, self.config.formats
         layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
-        return {**layers, **stored.describe(precision)} if self.config.adamw == "own" else layers
+        return {**layers, **stored.describe(precision, self.config.adamw)}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Record something on rank 0. What that fails with waits until the ranks next agree: the others cannot know of it."""

@@ -6,13 +6,12 @@
 Decoupled weight decay (arXiv 1711.05101), eps outside the root. What is read is widened to fp32, what is written is rounded once.
 
 On a GPU that is one launch for each combination of storage (`nvfp8/kernels/adamw.py`), which reads g and reads and writes the
-rest once. `bytes_moved` counts it: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 for a bf16+8 weight with
-both moments in FP8 and its gradient in bf16.
+rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 for a bf16+8 weight with both moments in FP8 and
+its gradient in bf16.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nvfp8.ops import ops
@@ -75,20 +74,3 @@ class AdamW(StoredOptimizer):
         )  # fmt: skip
         first, second = (self._stored(p, what) for what in self.coded)
         return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"])
-
-    def bytes_moved(self) -> int:
-        """What one step with the gradients at hand must read and write."""
-        total = 0
-        for p in self._names:
-            gradient = self.gradient(p)
-            if gradient is not None:
-                both = (local(p), *self.state[p].values())
-                total += local(gradient).nbytes + 2 * sum(x.nbytes for x in both)
-                if "master" in self.state[p]:  # the weight is its copy: written, not read
-                    total -= local(p).nbytes
-        return total
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors, scales and what is kept beside weights included."""
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanochat import checkpoint, metrics
+from nanochat.build import build_optimizers
 from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import World
+from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import AUTO, StateFormats, parse_formats
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Run, train
@@ -78,6 +80,30 @@ def test_a_gpu_without_e4m3_is_told_what_it_can_keep(monkeypatch: pytest.MonkeyP
     with pytest.raises(BadInput, match=r"^--state-dtype momentum=e4m3: .* 8\.6: use e5m2, bf16 or fp32$"):
         StateFormats(momentum="e4m3").stored_by(bf16(), "cuda")
     StateFormats(momentum="e5m2").stored_by(bf16(), "cuda")
+
+
+def test_state_of_d24_takes_what_the_documents_say() -> None:
+    def sizes(formats: StateFormats) -> tuple[float, float, dict[str, float]]:
+        """GiB of state, of what is beside weights, and bytes a parameter of each optimizer with weights and bf16 gradients."""
+        precision = formats.stored_by(bf16(), "cpu")
+        with torch.device("meta"):
+            model = GPT(GPTConfig.from_depth(24), precision)
+        made = groups(model, model.config, weight_decay=0.0)
+        state, beside, each = 0, 0, {}
+        for optimizer in build_optimizers(made, ownership(made, 1), 0, torch.bfloat16, formats=formats):
+            entries = {name: value.nbytes for name, value in optimizer.named_state().items()}
+            extra = sum(size for name, size in entries.items() if name.endswith(("master", "remainder")))
+            state, beside = state + sum(entries.values()) - extra, beside + extra
+            parameters = [p for _, p in optimizer.named_parameters()]
+            held = sum(entries.values()) + sum(2 * p.nbytes for p in parameters)
+            each[optimizer.kind] = held / sum(p.numel() for p in parameters)
+        return state / 2**30, beside / 2**30, each
+
+    state, beside, each = sizes(parse_formats("e4m3", "bf16+8"))
+    assert state <= 2.05 and beside == pytest.approx(0.68, abs=0.01)
+    assert each["muon"] <= 6.1 and each["adamw"] <= 7.1
+    assert sizes(AUTO)[0] == pytest.approx(5.35, abs=0.01) and sizes(AUTO)[1] == 0
+    assert state == pytest.approx(2.01, abs=0.01)
 
 
 @pytest.fixture
