@@ -9,7 +9,8 @@
     --master-weights bf16+8        with a byte of what bf16 cuts off, the rest rounded stochastically
     --master-weights bf16+16       with all of it: the update is fp32's, bit for bit
 
-Masters are of the matrices, lm_head among them; `nanochat/adamw.py` says what becomes of tables. Scalars are fp32 in any case.
+Masters are of the matrices, lm_head among them; `nanochat/adamw.py` says what becomes of tables. Scalars, and NorMuon's mean
+squares, one a row, are fp32 in any case.
 """
 
 import dataclasses

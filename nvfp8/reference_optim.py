@@ -40,17 +40,22 @@ class AdamWTensor(NamedTuple):
 
 
 def adamw_(tensors: Sequence[AdamWTensor]) -> None:
-    """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula."""
+    """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula.
+
+    Where m is FP8, √v counts as no less than the number next to 0 that m could have been stored as. An m far below it is rounded
+    up to it now and then, and beside a √v that is as small as the true m that would make a step of thousands of lr.
+    """
     for t in tensors:
         take1, take2, step_size, unbias2, eps, keep = t.factors
         first, second = codec_of(t.exp_avg.data.dtype), codec_of(t.exp_avg_sq.data.dtype, second_moment=True)
         g = t.gradient.reshape(t.parameter.shape).float()
-        m = first.decode(t.exp_avg)
+        m, least = first.decode(t.exp_avg), first.smallest(t.exp_avg)
         m = m + take1 * (g - m)
         v = second.decode(t.exp_avg_sq)
         v = v + take2 * (g * g - v)
         value = read_weight(t.parameter, t.rest)
-        value = value * keep - step_size * (m / ((v * unbias2).sqrt() + eps))
+        counted = v if least is None else torch.maximum(v, least * least)
+        value = value * keep - step_size * (m / ((counted * unbias2).sqrt() + eps))
         for_weight, for_first, for_second = three(draw(value, t.key))
         first.encode_(t.exp_avg, m, for_first)
         second.encode_(t.exp_avg_sq, v, for_second)

@@ -68,6 +68,14 @@ class Codec:
             return stored.data.float()
         return rounding.decode(stored.data.flatten(), stored.scale, self.root).view(stored.data.shape)
 
+    def smallest(self, stored: Stored) -> Tensor | None:
+        """The number next to 0 that each element could have been stored as, fp32, the shape of `data`; None without scales."""
+        if stored.scale is None:
+            return None
+        smallest, mantissa, _ = rounding.FORMATS[self.dtype]
+        each = stored.scale.repeat_interleave(rounding.BLOCK)[: stored.data.numel()]
+        return (each * 2.0 ** (smallest - mantissa)).view(stored.data.shape)
+
     def encode_(self, stored: Stored, value: Tensor, bits: Tensor | None) -> None:
         """Write fp32 `value` into `stored`, in place.
 

@@ -33,6 +33,10 @@ _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
 }  # fmt: skip
+# Beside what encoding needs, the smallest positive number.
+_FORMATS = {
+    dtype: (smallest, mantissa, largest, 2.0 ** (smallest - mantissa)) for dtype, (smallest, mantissa, largest) in FORMATS.items()
+}
 # int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key, six fp32
 # factors, and four bytes to fill: the table is read as each of the three types.
 _ROW = struct.Struct("<8qi6f4x")
@@ -54,16 +58,18 @@ def _read(
     addresses, at, size, block,
     TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A moment's block in fp32; `addresses` points at those of its numbers and scales."""
+    """A moment's block in fp32, and the number next to 0 of each element's scale; `addresses` points at those of both."""
     stored = tl.load(_pointer(addresses, TYPE, ALIGNED) + at, at < size, 0.0)
     if FORMAT is None:
         value = stored.to(tl.float32)
+        least = value
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
         row = block * ROWS + tl.arange(0, ROWS)
         scale = tl.load(_pointer(addresses + 1, tl.float32, False) + row, row * rounding.BLOCK < size, 0.0)
         value = rounding.decode(stored, scale, ROWS, ROOT)
-    return value
+        least = tl.reshape(tl.broadcast_to((scale * FORMAT[3])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
+    return value, least
 
 
 @triton.jit
@@ -106,11 +112,14 @@ def _adamw(
     bits, for_first, for_second = rounding.three(rounding.random_bits(at, tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)))
 
     g = tl.load(_pointer(row + 1, GRADIENT, ALIGNED) + at, mask, 0.0).to(tl.float32)
-    m = _read(row + 2, at, size, block, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
+    m, least = _read(row + 2, at, size, block, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
     m += tl.load(factors) * (g - m)
-    v = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+    v, _ = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
     v += tl.load(factors + 1) * (g * g - v)
-    step = tl.load(factors + 2) * (m / (tl.sqrt(v * tl.load(factors + 3)) + tl.load(factors + 4)))
+    counted = v
+    if FIRST_FORMAT is not None:
+        counted = tl.maximum(v, least * least)
+    step = tl.load(factors + 2) * (m / (tl.sqrt(counted * tl.load(factors + 3)) + tl.load(factors + 4)))
     _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
     _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
 
@@ -181,6 +190,6 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         _adamw[(len(blocks),)](
             table, table.view(torch.int32), table.view(torch.float32), blocks,
             PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
-            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=FORMATS.get(first), SECOND_FORMAT=FORMATS.get(second),
+            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=_FORMATS.get(first), SECOND_FORMAT=_FORMATS.get(second),
             STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

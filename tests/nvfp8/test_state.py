@@ -42,6 +42,19 @@ def test_blocks_of_128_have_scales_and_every_tensor_of_a_stack_has_its_own() -> 
     assert stack.scale is not None and stack.scale.shape == (3, 2)
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_the_smallest_code_is_what_no_stored_number_is_below(name: str) -> None:
+    c = codec(name)
+    stored = c.allocate((3, 100), "cpu")
+    value = torch.logspace(-30, 0, 300).view(3, 100) * torch.tensor([[1.0], [-1e3], [1e-3]])
+    c.encode_(stored, value, draw(value, 1))
+    least, decoded = c.smallest(stored), c.decode(stored).abs()
+    assert least is not None and least.shape == (3, 100)
+    assert torch.equal(torch.unique(torch.sign(decoded - least * 0.999)), torch.tensor([-1.0, 1.0]))  # zeros, and the rest
+    assert (decoded[decoded > 0] >= 0.999 * least[decoded > 0]).all()
+    assert codec("bf16").smallest(codec("bf16").allocate((3,), "cpu")) is None
+
+
 def test_an_unknown_codec_names_those_that_exist() -> None:
     with pytest.raises(ValueError, match=r"'fp9'.*fp32, bf16"):
         codec("fp9")
