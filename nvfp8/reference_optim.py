@@ -5,6 +5,7 @@ the same. What is rounded stochastically takes one key a matrix, and each elemen
 of matrices in a stack nor the way a stack is cut into chunks changes a bit.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +55,12 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         v = second.decode(t.exp_avg_sq)
         v = v + take2 * (g * g - v)
         value = read_weight(t.parameter, t.rest)
-        counted = v if least is None else torch.maximum(v, least * least)
-        value = value * keep - step_size * (m / ((counted * unbias2).sqrt() + eps))
+        if second.root:  # the root is at hand
+            root = v.sqrt() if least is None else torch.maximum(v.sqrt(), least)
+            root = root * math.sqrt(unbias2)
+        else:
+            root = ((v if least is None else torch.maximum(v, least * least)) * unbias2).sqrt()
+        value = value * keep - step_size * (m / (root + eps))
         for_weight, for_first, for_second = three(draw(value, t.key))
         first.encode_(t.exp_avg, m, for_first)
         second.encode_(t.exp_avg_sq, v, for_second)

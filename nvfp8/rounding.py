@@ -16,6 +16,8 @@ BLOCK = 128  # elements that share a scale: fp32 scales are 3 % of one byte an e
 
 # Exponent of the smallest normal number, bits of mantissa, largest number.
 FORMATS = {torch.float8_e4m3fn: (-6, 3, 448.0), torch.float8_e5m2: (-14, 2, 57344.0)}
+# A scale is so much larger that its block's largest magnitude, times the scale's rounded reciprocal, is not above the format's.
+HEADROOM = 2.0**-20
 _MASK = 0xFFFFFFFF
 
 
@@ -77,60 +79,62 @@ def three(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Random bits as fp32 in [0, 1), multiples of 2^-24."""
-    return (bits >> 8).float() * 2.0**-24
+    """Random bits as fp32 in [0, 1]."""
+    return bits.float() * 2.0**-32
 
 
-def to_grid(value: Tensor, dtype: torch.dtype, noise: Tensor | None, squared: bool = False) -> Tensor:
+def to_grid(value: Tensor, dtype: torch.dtype, bits: Tensor | None, squared: bool = False) -> Tensor:
     """The numbers of an FP8 format that `value` is rounded to.
+
+    Cutting off the low bits of an fp32 number rounds it down to the format's mantissa; random bits added there before carry it up
+    as often as they should. Below the format's smallest normal number steps no longer shrink. Added to that number, values
+    have just those steps, so both ranges take one way, which is a few integer instructions in a kernel.
 
     Args:
         value: fp32, at most the format's largest number in magnitude; NaN and inf become NaN.
         dtype: a key of FORMATS.
-        noise: fp32 in [0, 1), value's shape: rounds up where the part cut off exceeds it. None rounds to nearest, ties up.
-        squared: the square of the result, not the result, is right on average (for second moments kept as roots); but what is
-            not 0 never becomes 0, for the step of a weight is divided by it.
+        bits: of `draw`, value's shape. None rounds to nearest, ties up.
+        squared: the square of the result, not the result, is right on average (for second moments kept as roots, not negative);
+            but what is not 0 never becomes 0, for the step of a weight is divided by it.
 
     Returns:
         fp32, exact in `dtype`.
     """
-    smallest, mantissa, largest = FORMATS[dtype]
+    smallest, mantissa, _ = FORMATS[dtype]
+    cut = 23 - mantissa  # bits
     magnitude = value.abs()
-    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp_min(smallest)
-    step = ((exponent - mantissa + 127) << 23).view(torch.float32)
-    steps = magnitude / step  # a power of two: exact
-    below = steps.floor()
-    if noise is None:
-        up = steps - below >= 0.5
-    elif squared:
-        up = (noise * (2 * below + 1) < steps * steps - below * below) | ((below == 0) & (steps > 0))
+    shift = torch.where(magnitude < 2.0**smallest, 2.0**smallest, 0.0)
+    whole = (magnitude + shift).view(torch.int32)
+    if squared and bits is not None:
+        lower = (whole >> cut << cut).view(torch.float32) - shift
+        step = ((whole & 0x7F800000) - (mantissa << 23)).view(torch.float32)
+        up = (uniform(bits) * (step * (2 * lower + step)) < value * value - lower * lower) | ((lower == 0) & (value > 0))
+        rounded = torch.where(up, lower + step, lower)
     else:
-        up = noise < steps - below
-    rounded = ((below + up) * step).clamp_max(largest)
-    return torch.where(value.isfinite(), torch.where(value < 0, -rounded, rounded), torch.nan)
+        added = 1 << cut - 1 if bits is None else (bits >> 32 - cut).to(torch.int32)
+        rounded = (whole + added >> cut << cut).view(torch.float32) - shift
+    return torch.where(value.isfinite(), rounded.copysign(value), torch.nan)
 
 
-def encode(value: Tensor, dtype: torch.dtype, noise: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
+def encode(value: Tensor, dtype: torch.dtype, bits: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
     """Store fp32 numbers as FP8 with a scale for every block.
 
     Args:
         value: (n,) fp32; with `root` not negative.
         dtype: a key of FORMATS.
-        noise: (n,) fp32 in [0, 1), or None for rounding to nearest.
+        bits: (n,) of `draw`, or None for rounding to nearest.
         root: store square roots, which spans twice the exponents: for second moments.
 
     Returns:
-        (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0.
+        (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0, one with NaN or inf has that.
     """
     count = len(value)
     blocks = torch.nn.functional.pad(value.sqrt() if root else value, (0, -count % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1) / FORMATS[dtype][2]
+    scale = blocks.abs().amax(1) * ((1 + HEADROOM) / FORMATS[dtype][2])
     # Multiplied by a reciprocal, as the kernels do; a scale so small that it has none is of a block that is as good as zero.
     inverse = torch.where(scale > 2.0**-126, 1 / scale, 0.0)
     scale = torch.where(scale > 2.0**-126, scale, torch.where(scale.isfinite(), 0.0, scale))
-    scaled = (blocks * inverse[:, None]).view(-1)[:count]
-    scaled = scaled.clamp(-FORMATS[dtype][2], FORMATS[dtype][2])  # amax times its reciprocal may come out one bit above
-    return to_grid(scaled, dtype, noise, squared=root).to(dtype), scale
+    return to_grid((blocks * inverse[:, None]).view(-1)[:count], dtype, bits, squared=root).to(dtype), scale
 
 
 def decode(stored: Tensor, scale: Tensor, root: bool) -> Tensor:

@@ -88,7 +88,7 @@ class Codec:
             stored.data.copy_(value)
             return
         flat = value.flatten()
-        data, scale = rounding.encode(flat, self.dtype, None if bits is None else rounding.uniform(bits.flatten()), self.root)
+        data, scale = rounding.encode(flat, self.dtype, None if bits is None else bits.flatten(), self.root)
         stored.data.copy_(data.view(stored.data.shape))
         stored.scale.copy_(scale)
 

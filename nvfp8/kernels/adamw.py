@@ -15,6 +15,7 @@ element serves both moments and the weight (`rounding.three`): with three, arith
 """
 
 import functools
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -26,20 +27,15 @@ from torch import Tensor
 
 from nvfp8.kernels import rounding
 from nvfp8.reference_optim import AdamWTensor
-from nvfp8.rounding import FORMATS
 
 BLOCK = 4096  # elements a program
 _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
 }  # fmt: skip
-# Beside what encoding needs, the smallest positive number.
-_FORMATS = {
-    dtype: (smallest, mantissa, largest, 2.0 ** (smallest - mantissa)) for dtype, (smallest, mantissa, largest) in FORMATS.items()
-}
-# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key, six fp32
-# factors, and four bytes to fill: the table is read as each of the three types.
-_ROW = struct.Struct("<8qi6f4x")
+# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key and seven
+# fp32 factors, the last the root of the fourth: the table is read as each of the three types.
+_ROW = struct.Struct("<8qi7f")
 _WORDS = tl.constexpr(_ROW.size // 8)
 _KEY = tl.constexpr(16)  # their place in a row, counted in 4 bytes
 _FACTORS = tl.constexpr(17)
@@ -68,7 +64,7 @@ def _read(
         row = block * ROWS + tl.arange(0, ROWS)
         scale = tl.load(_pointer(addresses + 1, tl.float32, False) + row, row * rounding.BLOCK < size, 0.0)
         value = rounding.decode(stored, scale, ROWS, ROOT)
-        least = tl.reshape(tl.broadcast_to((scale * FORMAT[3])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
+        least = tl.reshape(tl.broadcast_to((scale * FORMAT[2])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
     return value, least
 
 
@@ -87,7 +83,7 @@ def _write(
             tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
-        on_grid, scale = rounding.encode(value, rounding.uniform(bits), ROWS, FORMAT[0], FORMAT[1], FORMAT[2], ROOT)
+        on_grid, scale = rounding.encode(value, bits, ROWS, FORMAT, ROOT)
         tl.store(_pointer(addresses, TYPE, ALIGNED) + at, on_grid.to(TYPE), at < size)
         row = block * ROWS + tl.arange(0, ROWS)
         tl.store(_pointer(addresses + 1, tl.float32, False) + row, scale, row * rounding.BLOCK < size)
@@ -116,10 +112,18 @@ def _adamw(
     m += tl.load(factors) * (g - m)
     v, _ = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
     v += tl.load(factors + 1) * (g * g - v)
-    counted = v
-    if FIRST_FORMAT is not None:
-        counted = tl.maximum(v, least * least)
-    step = tl.load(factors + 2) * (m / (tl.sqrt(counted * tl.load(factors + 3)) + tl.load(factors + 4)))
+    if SECOND_FORMAT is None:
+        counted = v
+        if FIRST_FORMAT is not None:
+            counted = tl.maximum(v, least * least)
+        counted = tl.sqrt(counted * tl.load(factors + 3))
+    else:
+        v = tl.sqrt(v)  # what is stored
+        counted = v
+        if FIRST_FORMAT is not None:
+            counted = tl.maximum(v, least)
+        counted = counted * tl.load(factors + 6)
+    step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
     _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
     _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
 
@@ -173,7 +177,7 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         addresses = [0 if x is None else x.data_ptr() for x in (*elements[:2], *moments, t.rest)]
         # Scales are few: they are loaded one by one wherever they are.
         aligned = not size % 16 and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
-        rows.append(_ROW.pack(*addresses, size, t.key, *t.factors))
+        rows.append(_ROW.pack(*addresses, size, t.key, *t.factors, math.sqrt(t.factors[3])))
         if size:
             kinds = (*(None if x is None else x.dtype for x in elements), t.stochastic, aligned)
             launches.setdefault(kinds, []).append((row, size))
@@ -190,6 +194,7 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         _adamw[(len(blocks),)](
             table, table.view(torch.int32), table.view(torch.float32), blocks,
             PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
-            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=_FORMATS.get(first), SECOND_FORMAT=_FORMATS.get(second),
+            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
+            SECOND_FORMAT=rounding.FORMATS.get(second),
             STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

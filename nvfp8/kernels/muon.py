@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nvfp8.kernels import rounding
 from nvfp8.rounding import BLOCK as SCALED
-from nvfp8.rounding import FORMATS
 
 BLOCK = 4096  # elements a program
 
@@ -42,7 +41,7 @@ def _bits(TABLE, matrix, at):
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_nesterov(
     GRADIENTS, MOMENTUM, SCALES, X, ROWS, COLUMNS, TAKE, MU, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, BLOCKED: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +49,7 @@ def _muon_nesterov(
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
     g = tl.load(_matrix(GRADIENTS, matrix, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
     stored = tl.load(MOMENTUM + start + at, mask, 0.0)
-    if BLOCKED:
+    if FORMAT is not None:
         EACH: tl.constexpr = BLOCK // rounding.BLOCK
         blocks = tl.cdiv(ROWS * COLUMNS, rounding.BLOCK)
         block = tl.program_id(0) * EACH + tl.arange(0, EACH)
@@ -60,9 +59,8 @@ def _muon_nesterov(
         m = stored.to(tl.float32)
     m += TAKE * (g - m)
     tl.store(X + start + at, (g + MU * (m - g)).to(X.dtype.element_ty), mask)
-    if BLOCKED:
-        noise = rounding.uniform(_bits(GRADIENTS, matrix, at))
-        m, scale = rounding.encode(m, noise, EACH, SMALLEST, MANTISSA, LARGEST, False)
+    if FORMAT is not None:
+        m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, at), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
     tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
 
@@ -131,7 +129,7 @@ def muon_nesterov_(
     """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
     n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
-    assert (scales is None) == (momentum.dtype not in FORMATS), "FP8 state, and no other, has scales"
+    assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
     if scales is not None:
         assert keys is not None, "what is rounded stochastically needs a key for each matrix"
         assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
@@ -140,7 +138,7 @@ def muon_nesterov_(
     table, aligned = _table(gradients, keys if scales is not None else None)
     _muon_nesterov[_grid(x)](
         table, momentum, scales, x, r, c, float(take), float(mu), tl.float32 if dtype == torch.float32 else tl.bfloat16, aligned,
-        *FORMATS.get(momentum.dtype, (0, 0, 0.0)), BLOCKED=scales is not None, BLOCK=BLOCK, num_warps=8,
+        rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 

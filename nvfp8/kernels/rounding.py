@@ -6,6 +6,11 @@ import triton.language as tl
 from nvfp8 import rounding
 
 BLOCK = tl.constexpr(rounding.BLOCK)
+# What kernels must know of a format: bits of mantissa, smallest normal number, smallest number, scale of a block whose amax is 1.
+FORMATS = {
+    dtype: (mantissa, 2.0**smallest, 2.0 ** (smallest - mantissa), (1 + rounding.HEADROOM) / largest)
+    for dtype, (smallest, mantissa, largest) in rounding.FORMATS.items()
+}
 
 
 @triton.jit
@@ -26,44 +31,39 @@ def three(bits):
 
 
 @triton.jit
-def uniform(bits):
-    """Random bits as fp32 in [0, 1), multiples of 2^-24."""
-    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
-
-
-@triton.jit
-def to_grid(value, noise, SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, SQUARED: tl.constexpr):
+def to_grid(value, bits, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SQUARED: tl.constexpr):
     """The FP8 numbers that fp32 `value` is rounded to, stochastically."""
+    CUT: tl.constexpr = 23 - MANTISSA
     magnitude = tl.abs(value)
-    exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 127, SMALLEST)
-    step = ((exponent - MANTISSA + 127) << 23).to(tl.float32, bitcast=True)
-    per_step = ((127 - (exponent - MANTISSA)) << 23).to(tl.float32, bitcast=True)
-    steps = magnitude * per_step
-    below = tl.floor(steps)
+    shift = tl.where(magnitude < NORMAL, NORMAL, 0.0)
+    whole = (magnitude + shift).to(tl.int32, bitcast=True)
     if SQUARED:
-        up = (noise * (2 * below + 1) < steps * steps - below * below) | ((below == 0) & (steps > 0))
+        lower = ((whole >> CUT) << CUT).to(tl.float32, bitcast=True) - shift
+        step = ((whole & 0x7F800000) - (MANTISSA << 23)).to(tl.float32, bitcast=True)
+        noise = bits.to(tl.float32) * 2.3283064365386963e-10
+        up = (noise * (step * (2 * lower + step)) < value * value - lower * lower) | ((lower == 0) & (value > 0))
+        rounded = tl.where(up, lower + step, lower)
     else:
-        up = noise < steps - below
-    rounded = tl.minimum((below + up.to(tl.float32)) * step, LARGEST)
-    rounded = tl.where(value < 0, -rounded, rounded)
-    return tl.where(magnitude < float("inf"), rounded, float("nan"))
+        whole += (bits >> (32 - CUT)).to(tl.int32)
+        rounded = ((whole >> CUT) << CUT).to(tl.float32, bitcast=True) - shift
+        sign = (value.to(tl.int32, bitcast=True) >> 31) << 31
+        rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return rounded
 
 
 @triton.jit
-def encode(
-    value, noise, ROWS: tl.constexpr, SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, ROOT: tl.constexpr
-):  # fmt: skip
-    """(ROWS * BLOCK,) fp32 -> the same on the FP8 grid, and (ROWS,) scales; lanes beyond a tensor's end must hold 0."""
-    if ROOT:
-        value = tl.sqrt(value)
-    blocks = tl.reshape(value, (ROWS, BLOCK))
-    scale = tl.max(tl.abs(blocks), 1) / LARGEST
+def encode(value, bits, ROWS: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr):
+    """(ROWS * BLOCK,) fp32 -> the same on the FP8 grid, and (ROWS,) scales; lanes beyond a tensor's end must hold 0.
+
+    With ROOT, `value` holds the roots already. Magnitudes are compared as integers, among which NaN is the largest: scales show it.
+    """
+    magnitudes = tl.reshape(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (ROWS, BLOCK))
+    scale = tl.max(magnitudes, 1).to(tl.float32, bitcast=True) * FORMAT[3]
     normal = scale > 1.1754943508222875e-38
     inverse = tl.where(normal, 1.0 / scale, 0.0)
     scale = tl.where(normal, scale, tl.where(scale < float("inf"), 0.0, scale))
-    scaled = tl.reshape(blocks * inverse[:, None], (ROWS * BLOCK,))
-    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
-    return to_grid(scaled, noise, SMALLEST, MANTISSA, LARGEST, ROOT), scale
+    scaled = tl.reshape(tl.reshape(value, (ROWS, BLOCK)) * inverse[:, None], (ROWS * BLOCK,))
+    return to_grid(scaled, bits, FORMAT[0], FORMAT[1], ROOT), scale
 
 
 @triton.jit
