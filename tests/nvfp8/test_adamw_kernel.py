@@ -137,3 +137,16 @@ def test_nothing_to_do_is_no_launch() -> None:
     empty = torch.zeros(0, device=DEVICE)
     states = codec("fp32").allocate((0,), DEVICE), codec("fp32").allocate((0,), DEVICE)
     kernels.adamw_([AdamWTensor(empty, empty, *states, None, factors(1), 0, False)])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_visible(bad: float) -> None:
+    """In the weight, and in both moments' blocks; not beyond."""
+    for module in (kernels, reference):
+        t = with_gradients(made("e4m3", "e4m3", "bf16+8", torch.float32), 1)[-1]
+        t.gradient.view(-1)[200] = bad
+        module.adamw_([t])
+        assert not read_weight(t.parameter, t.rest).view(-1)[200].isfinite()
+        for stored, root in ((t.exp_avg, False), (t.exp_avg_sq, True)):
+            decoded = codec("e4m3", second_moment=root).decode(stored).view(-1)
+            assert not decoded[128:256].isfinite().all() and decoded[:128].isfinite().all() and decoded[256:].isfinite().all()
