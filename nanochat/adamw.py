@@ -1,12 +1,10 @@
 """AdamW for embeddings, the head and the scalars: `nvfp8.optim.AdamW` over nanochat's groups.
 
-Embedding tables feed a bf16 stream, so they are bf16, and they are their own masters (`master` False in their group): a table
-gets gradients in rows that occur, a few large updates rather than many small ones, and a remainder would be read for all rows.
-What becomes of them depends on what is asked of the others:
+Embedding tables feed a bf16 stream, so they are bf16, and they are their own masters (`master` False in their group), as nanochat
+has them: a byte of remainder for each would be 0.6 GiB at d24. How they are rounded follows what is asked of the others:
 
-    masters fp32            rounded to nearest, nanochat's way, with moments of their own dtype
-    bf16, bf16+8, bf16+16   rounded stochastically: costs no byte, and loses no update that bf16 cannot hold
-
+    masters fp32            to nearest, nanochat's way
+    bf16, bf16+8, bf16+16   stochastically: it costs no byte, and what bf16 cannot hold adds up on average
 """
 
 from typing import Any

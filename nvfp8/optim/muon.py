@@ -42,8 +42,7 @@ from nvfp8.optim.stored import StoredOptimizer
 from nvfp8.polar_express import fastest_products, polar_express, room
 from nvfp8.state import Master, Stored
 
-# What is rounded stochastically, as part of a key: the momentum beside the weight.
-_MOMENTUM = 4
+_MOMENTUM = 4  # what a key is for: a weight is rounded in a kernel of its own, by another one
 
 
 def _equilibrate_(x: Tensor) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from nvfp8 import hardware, rounding
 from nvfp8.state import STATE_DTYPES, Codec, Master, Stored, codec, codec_of, master, read_weight, write_weight
 
-_WEIGHT, _STATE = 0, 1  # what a key is for: those of a step are `key(..., _WEIGHT)`, conversions of a state take others
+# What a key is for: a step's update, or from here on the conversion of each coded state and of the weight.
+_UPDATE, _CONVERSION = 0, 1
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         entries = self.state[parameter]
         return entries.get("master", entries.get("remainder"))
 
-    def _key(self, parameter: Tensor, purpose: int = _WEIGHT) -> int:
+    def _key(self, parameter: Tensor, purpose: int = _UPDATE) -> int:
         name = self._names[parameter] + _shard(parameter)
         return rounding.key(self.seed, self._group_of[parameter]["steps"], crc32(name.encode()), purpose)
 
@@ -189,7 +190,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         for what in (key for key in entries if not key.endswith(".scale") and key not in ("master", "remainder")):
             if what in self.coded:
                 codec_of_ours = self._codec(self._group_of[parameter], what)
-                purpose = _STATE + self.coded.index(what)
+                purpose = _CONVERSION + self.coded.index(what)
                 self._restore_coded(codec_of_ours, self._stored(parameter, what), saved, what, self._key(parameter, purpose))
             else:
                 entries[what].copy_(_fitting(saved, what, entries[what].shape))
@@ -220,7 +221,7 @@ class StoredOptimizer(torch.optim.Optimizer):
             kept.copy_(rest)
             return
         value = read_weight(weight, rest if rest is None else rest.to(weight.device)).to(part.device)
-        write_weight(part, kept, value, rounding.draw(value, self._key(parameter, _STATE + len(self.coded))))
+        write_weight(part, kept, value, rounding.draw(value, self._key(parameter, _CONVERSION + len(self.coded))))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,4 +46,4 @@ def test_a_small_model_is_timed() -> None:
     for kind in ("muon", "adamw"):
         assert 0 < result[f"{kind}_host_ms"] <= result[f"{kind}_ms"]
         assert 2 < result[f"{kind}_parameter_bytes"] < 17
-    assert 0 < result["adamw_of_copy"] < 1.1
+    assert result["adamw_of_copy"] > 0  # more than 1 where all fits into the cache

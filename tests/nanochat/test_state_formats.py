@@ -28,7 +28,8 @@ from nvfp8.recipe import RECIPES
 from nvfp8.state import codec_of, read_weight
 from scripts.base_train import _parser
 
-RANKED = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo and CPU tensors")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def test_one_format_is_for_all_states_and_pairs_are_for_those_they_name() -> None:
@@ -193,13 +194,13 @@ def test_it_resumes_in_other_formats(
     train(replace(config, **before, num_iterations=3))
     saved = tensors(step=3)
     capsys.readouterr()
-    resumed = Run(replace(config, **after, num_iterations=3, resume=True), World(0, 1, torch.device("cpu")))
+    resumed = Run(replace(config, **after, num_iterations=3, resume=True), World(0, 1, torch.device(DEVICE)))
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("changed since it was saved: "))
     assert all(name in line for name in {*before, *after})
     state = {name: value for optimizer in resumed.optimizers for name, value in optimizer.state_tensors().items()}
     matrix = "transformer.h.1.mlp.c_fc.weight"
-    was, now = (whole(tensors, matrix) for tensors in (saved, state | dict(resumed.parameters)))
+    was, now = (whole(tensors, matrix).cpu() for tensors in (saved, state | dict(resumed.parameters)))
     bits = {"bf16": 2.0**-7, "bf16+8": 2.0**-15}.get(after.get("master_weights", ""), 0.0)
     assert ((was - now).abs() <= bits * was.abs()).all()
     momentum = codec_of(state[f"{matrix}.momentum"].dtype)
@@ -248,7 +249,7 @@ def test_an_early_update_stops_at_a_gradient_that_is_not_finite(
     def poisoned(self: Run, early: Any) -> Any:
         if self.progress.step == 2:
             parameter = self.parameters[name]
-            handle = parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), torch.inf))
+            handle = parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0], device=DEVICE), torch.inf))
             result = real(self, early)
             handle.remove()
             return result
@@ -280,7 +281,7 @@ def test_a_bad_loss_updates_nothing_early(
 # Ranks
 
 
-@RANKED
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo and CPU tensors")
 def test_two_ranks_and_one_store_the_same_and_go_on_from_each_other(
     config: TrainConfig, two_ranks: Callable[..., list[Any]]
 ) -> None:
@@ -298,7 +299,7 @@ def test_two_ranks_and_one_store_the_same_and_go_on_from_each_other(
     one, two = tensors("one", 2), tensors("two", 2)
     # Gradients are summed in another order, in bf16, so values may differ by roundings; formats and shapes may not.
     assert {name: (value.dtype, value.shape) for name, value in one.items()} == {n: (v.dtype, v.shape) for n, v in two.items()}
-    resumed = Run(replace(config, resume=True), World(0, 1, torch.device("cpu")))
+    resumed = Run(replace(config, resume=True), World(0, 1, torch.device(DEVICE)))
     state = {name: value for optimizer in resumed.optimizers for name, value in optimizer.state_tensors().items()}
     assert_equal(state, {name: value for name, value in two.items() if name in state})
     resumed.batches.close()

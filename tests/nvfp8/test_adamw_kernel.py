@@ -72,18 +72,20 @@ def test_what_is_stored_is_the_twins(first: str, second: str, kept: str, dtype: 
         kernels.adamw_(ours)
         reference.adamw_(twins)
     for one, other in zip(ours, twins, strict=True):
-        for stored, expected in ((one.exp_avg, other.exp_avg), (one.exp_avg_sq, other.exp_avg_sq)):
+        g = other.gradient.float().abs()
+        for stored, expected, size in ((one.exp_avg, other.exp_avg, g), (one.exp_avg_sq, other.exp_avg_sq, g * g)):
             if stored.data.dtype != torch.float32:
                 part, codes = off(stored.data, expected.data)
                 assert part <= 2e-3 + 1 / stored.data.numel() * (part > 0) and codes <= 1
                 if stored.scale is not None and expected.scale is not None:
-                    torch.testing.assert_close(stored.scale, expected.scale, rtol=2**-22, atol=0)
+                    torch.testing.assert_close(stored.scale, expected.scale, rtol=2**-20, atol=0)
             else:
-                torch.testing.assert_close(stored.data, expected.data, rtol=2**-21, atol=0)
+                # m + (1 - β)(g - m) may cancel; a GPU rounds it once less
+                assert ((stored.data - expected.data).abs() <= 2**-21 * expected.data.abs() + 2**-23 * size).all()
         wholes = [read_weight(t.parameter, t.rest) for t in (one, other)]
         code = {"bf16": 2**-7, "nearest": 2**-7, "bf16+8": 2**-15}.get(kept, 2**-21)
         # A moment on the other side of a border changes its step, at most 2 lr here, by a code: 2^-2 of it.
-        coded = "fp32" not in (first, second)
+        coded = {first, second} != {"fp32"}
         assert ((wholes[0] - wholes[1]).abs() <= code * wholes[1].abs() + (0.02 if coded else 2e-6)).all()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nvfp8.optim import AdamW, Muon, UpdateEarly
 from nvfp8.optim.stored import StoredOptimizer
@@ -31,7 +32,8 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     """Reproduce a rolled input: something that attention has to learn."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(8, 6, 32, generator=generator).to(DEVICE, next(model.parameters()).dtype)
-    return nn.functional.mse_loss(model(x).float(), x.roll(1, 1).float())
+    with sdpa_kernel(SDPBackend.MATH):  # others' backward may differ from run to run on a GPU
+        return nn.functional.mse_loss(model(x).float(), x.roll(1, 1).float())
 
 
 def train(model: nn.Module, optimizers: list[Any], steps: int, begin: int = 0) -> list[float]:
@@ -182,7 +184,7 @@ def test_a_closure_is_run_with_gradients() -> None:
         loss.backward()
         return loss
 
-    assert float(AdamW([p]).step(closure)) == 3.0
+    assert float(AdamW([p]).step(closure).detach()) == 3.0
     assert (p != 1).all()
 
 
