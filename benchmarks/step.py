@@ -23,6 +23,7 @@ from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
 from nanochat.optimizer import StoredByName
 from nanochat.param_groups import groups, ownership
+from nanochat.process import make_deterministic
 from nanochat.te_adam import CHOICES, check
 from nvfp8.optim import UpdateEarly
 from scripts.engine_flags import add_engine_flags, engine_options
@@ -39,12 +40,15 @@ def main() -> None:
     parser.add_argument("--window-pattern", default="L")
     parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
     parser.add_argument("--adamw", choices=CHOICES, default="own")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--update-early", action="store_true", help="with --accumulation 1: updates in the middle of backward")
     add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
     if args.update_early and (args.accumulation != 1 or args.adamw != "own"):
         parser.error("--update-early goes with --accumulation 1 and --adamw own")
+    if args.deterministic:
+        make_deterministic()
     device = torch.device("cuda")
     config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
     options = engine_options(args) if args.precision == "te" else None
@@ -98,9 +102,9 @@ def main() -> None:
             {
                 "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
                 "precision": args.precision, "engine": asdict(options) if options else None,
-                "adamw": args.adamw, "attention": model.attention_backend, "tok_s": round(rate),
-                "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "state": formats.describe(precision), "state_GiB": round(held / 2**30, 3),
+                "adamw": args.adamw, "deterministic": args.deterministic, "attention": model.attention_backend,
+                "tok_s": round(rate), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
                 "update_early": args.update_early,
                 "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None, "warm_s": round(warm, 1),
                 "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

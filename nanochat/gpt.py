@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanochat.generate import KVCache
 from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.embedding import TokenOrder, embedding, token_order
-from nvfp8.layers import Pending, settled
+from nvfp8.layers import Pending, mix, settled
 from nvfp8.precision import Precision
 from nvfp8.te_engine import Engine
 
@@ -299,8 +299,8 @@ class GPT(nn.Module):
                 x = middle = settled(x)
         if cache is not None:
             cache.advance(ids.shape[1])
-        x = settled(x)
-        return self.ln_f(x - self.backout_lambda.to(x.dtype) * middle)
+        backout = torch.cat((torch.ones_like(self.backout_lambda), -self.backout_lambda))
+        return self.ln_f(mix(x, middle, backout)[0])
 
     def _smear(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """x[t] + λ·σ(gate(x[t, :24]))·x[t−1]; `previous` (B, 1, D) came before x[0], None at the start of a text."""

@@ -6,7 +6,8 @@ be computed again cheaply:
 
 * `NormLinear`    residual mix, RMSNorm and several projections in one GEMM; keeps its input stream, not x̂.
 * `Linear`        may add its result to the residual stream inside the GEMM, in place: no pass for the addition.
-* `ReluSquaredMLP` norm, two GEMMs, residual; keeps its input and relu(h)², from which both gradients follow.
+* `ReluSquaredMLP` norm, two GEMMs; keeps its input and relu(h)², from which both gradients follow. The next block's mix adds its
+  branch to the stream, in fp32: no pass for the addition, and no branch too small for a bf16 stream is lost.
 
 For a block of width D that is 20 bytes per token and channel in bf16; a compiled block keeps about 37.
 Weights stored in fp32 are cast to the stream's dtype where they are used.
@@ -33,6 +34,47 @@ class Pending(NamedTuple):
 def settled(x: Tensor | Pending) -> Tensor:
     """The stream as one tensor (..., D)."""
     return x.stream + x.branch if isinstance(x, Pending) else x
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stream, head, rstd = ops(x).mix_forward(x, pending, x0, lambdas, width)
+        ctx.save_for_backward(stream, x0, lambdas, rstd)
+        ctx.pending = pending is not None
+        ctx.set_materialize_grads(False)
+        # The stream leaves twice, once for the residual path and once for the branch: backward then gets two gradients and
+        # adds them in its own pass.
+        return stream, stream.view_as(stream), x0, head
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_stream: Tensor | None, d_branch: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        stream, x0, lambdas, rstd = ctx.saved_tensors
+        d_stream = torch.zeros_like(stream) if d_stream is None else d_stream.contiguous()
+        d_branch, d_head = (None if d is None else d.contiguous() for d in (d_branch, d_head))
+        dx, d_x0, d_lambdas = ops(stream).mix_backward(d_stream, d_branch, d_head, stream, x0, lambdas, rstd, d_x0)
+        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None
+
+
+def mix(x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual mix λ₀·x + λ₁·x0, in fp32, rounded to x's dtype once; for layers that do the norm themselves.
+
+    Args:
+        x: (..., D) residual stream, or the two parts of it.
+        x0: (..., D).
+        lambdas: (2,) fp32, λ₀ not 0.
+        width: how many channels of the mix's norm the caller wants to see.
+
+    Returns:
+        The mixed stream (..., D), for the residual path and once more for the branch; x0, for the next mix; x̂[..., :width].
+    """
+    stream, pending = x if isinstance(x, Pending) else (x, None)
+    return _Mix.apply(stream, pending, x0, lambdas, width)
 
 
 class _Norm(torch.autograd.Function):
@@ -100,11 +142,11 @@ def _stacked(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x0: Tensor, lambdas: Tensor, width: int, *weights: Tensor
+        ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        stream, normed, rstd = ops(x).mix_norm_forward(x, x0, lambdas)
+        stream, normed, rstd = ops(x).mix_forward(x, pending, x0, lambdas, x.shape[-1])
         out = F.linear(normed, _stacked(weights, x.dtype))
-        ctx.save_for_backward(x, x0, lambdas, rstd, *weights)
+        ctx.save_for_backward(x, pending, x0, lambdas, rstd, *weights)
         ctx.set_materialize_grads(False)
         return stream, x0, normed[..., :width].contiguous(), out
 
@@ -113,16 +155,16 @@ class _NormLinear(torch.autograd.Function):
     def backward(
         ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, x0, lambdas, rstd, *weights = ctx.saved_tensors
+        x, pending, x0, lambdas, rstd, *weights = ctx.saved_tensors
         d_stream = torch.zeros_like(x) if d_stream is None else d_stream.contiguous()
         if d_out is None:
             d_out = x.new_zeros(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
         d_normed = d_out @ _stacked(weights, x.dtype)
         if d_head is not None:
             d_normed[..., : d_head.shape[-1]] += d_head
-        dx, d_x0, d_lambdas, normed = ops(x).mix_norm_backward(d_stream, d_normed, x, x0, lambdas, rstd, d_x0)
+        dx, d_x0, d_lambdas, normed = ops(x).mix_norm_backward(d_stream, d_normed, x, pending, x0, lambdas, rstd, d_x0)
         d_weight = weight_gradient(d_out, normed, weights[0].dtype)
-        return dx, d_x0, d_lambdas, None, *d_weight.split([weight.shape[0] for weight in weights])
+        return dx, None if pending is None else dx, d_x0, d_lambdas, None, *d_weight.split([weight.shape[0] for weight in weights])
 
 
 class NormLinear(nn.Module):
@@ -137,11 +179,11 @@ class NormLinear(nn.Module):
         super().__init__()
         self._projections = projections  # a tuple: not registered a second time
 
-    def forward(self, x: Tensor, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Project norm(λ₀·x + λ₁·x0).
 
         Args:
-            x: (..., D) residual stream.
+            x: (..., D) residual stream, or the two parts of it.
             x0: (..., D) stream after the embedding.
             lambdas: (2,) fp32.
             width: how many leading channels of x̂ the caller wants to see.
@@ -152,28 +194,29 @@ class NormLinear(nn.Module):
             the projections, concatenated (..., Σ out_features).
         """
         weights = [projection.weight for projection in self._projections]
-        return _NormLinear.apply(x, x0, lambdas, width, *weights)
+        stream, pending = x if isinstance(x, Pending) else (x, None)
+        return _NormLinear.apply(stream, pending, x0, lambdas, width, *weights)
 
 
 class _ReluSquaredMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
         normed, rstd = ops(x).norm_forward(x)
         activated = ops(x).relu_squared_(F.linear(normed, w_fc.to(x.dtype)))
         del normed
-        out = torch.addmm(x.flatten(0, -2), activated.flatten(0, -2), w_proj.to(x.dtype).t())
         ctx.save_for_backward(x, rstd, activated, w_fc, w_proj)
-        return out.view_as(x)
+        # x leaves again beside the branch: so the gradient that passes the branch by is added inside the norm's backward.
+        return x.view_as(x), F.linear(activated, w_proj.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, d_stream: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, rstd, activated, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
         d_w_proj = weight_gradient(dy, activated, w_proj.dtype)
         d_hidden = ops(x).relu_squared_backward_(dy @ w_proj.to(x.dtype), activated)
         d_normed = d_hidden @ w_fc.to(x.dtype)
-        dx, normed = ops(x).norm_backward(d_normed, x, rstd, dy)
+        dx, normed = ops(x).norm_backward(d_normed, x, rstd, d_stream.contiguous())
         return dx, weight_gradient(d_hidden, normed, w_fc.dtype), d_w_proj
 
 
@@ -186,6 +229,7 @@ class ReluSquaredMLP(nn.Module):
         self.c_fc = Linear(width, hidden, dtype)
         self.c_proj = Linear(hidden, width, dtype)
 
-    def forward(self, x: Tensor, settle: bool = True) -> Tensor:
-        """(..., D) -> (..., D): the stream with the MLP's branch added, inside a GEMM, so it is settled in any case."""
-        return _ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight)
+    def forward(self, x: Tensor, settle: bool = True) -> Tensor | Pending:
+        """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
+        pending = Pending(*_ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight))
+        return settled(pending) if settle else pending

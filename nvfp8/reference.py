@@ -64,51 +64,38 @@ def _norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, T
     return dx, normed
 
 
-def mix_norm_forward(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual mix and its norm: s = λ₀·x + λ₁·x0, x̂ = norm(s).
-
-    Args:
-        x: (..., D) residual stream.
-        x0: (..., D) the stream as it was after the embedding.
-        lambdas: (2,) fp32.
-
-    Returns:
-        s (..., D), x̂ (..., D), 1/rms of s (...).
-    """
-    mixed = _mix(x, x0, lambdas)
-    normed, rstd = norm_forward(mixed)
-    return mixed, normed, rstd
-
-
 def mix_norm_backward(
-    d_stream: Tensor, d_normed: Tensor, x: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor, d_x0: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of `mix_norm_forward`; the mixed stream is computed again from x and x0 rather than kept.
+    d_stream: Tensor, d_normed: Tensor, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_x0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of `mix_forward` where all of x̂ is wanted; s is computed again from x, pending and x0 rather than kept.
 
     Args:
         d_stream: (..., D) gradient of s.
         d_normed: (..., D) gradient of x̂.
         x: (..., D).
+        pending: (..., D), or None.
         x0: (..., D).
         lambdas: (2,).
         rstd: (...).
         d_x0: (..., D) gradient of x0 from the later blocks, to which this one's is added, or None.
 
     Returns:
-        dx (..., D), the new d_x0 (..., D), dλ (2,) fp32, x̂ (..., D).
+        dx (..., D), which is the gradient of `pending` too, the new d_x0 (..., D), dλ (2,) fp32, x̂ (..., D).
     """
-    mixed = _wide(_mix(x, x0, lambdas))
+    before, mixed = _mix(x, pending, x0, lambdas)
+    mixed = _wide(mixed)
     ds, normed = _norm_gradient(_wide(d_normed), mixed, rstd)
     ds = ds + _wide(d_stream)
     dx0 = ds * lambdas[1]
     if d_x0 is not None:
         dx0 = dx0 + _wide(d_x0)
-    d_lambdas = torch.stack(((ds * _wide(x)).sum(), (ds * _wide(x0)).sum()))
+    d_lambdas = torch.stack(((ds * before).sum(), (ds * _wide(x0)).sum()))
     return (ds * lambdas[0]).to(x.dtype), dx0.to(x.dtype), d_lambdas, normed.to(x.dtype)
 
 
 def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual mix s = λ₀·(x + pending) + λ₁·x0 for a layer that normalizes s itself, and the first channels of norm(s).
+    """The residual mix s = λ₀·(x + pending) + λ₁·x0, rounded once, and the first channels of norm(s).
 
     Args:
         x: (..., D) residual stream.
@@ -120,14 +107,13 @@ def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, 
     Returns:
         s (..., D), x̂[..., :width], 1/rms of s (...).
     """
-    before = _wide(x) if pending is None else _wide(x) + _wide(pending)
-    mixed = (before * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
+    _, mixed = _mix(x, pending, x0, lambdas)
     normed, rstd = norm_forward(mixed)
     return mixed, normed[..., :width].contiguous(), rstd
 
 
 def mix_backward(
-    d_stream: Tensor, d_branch: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_stream: Tensor, d_branch: Tensor | None, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
     d_x0: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of `mix_forward` from its own output: Σg·x = (Σg·s − λ₁·Σg·x0) / λ₀, so x need not be kept.
@@ -136,7 +122,7 @@ def mix_backward(
 
     Args:
         d_stream: (..., D) gradient of s on the residual path.
-        d_branch: (..., D) gradient of s from the layer that normalizes it.
+        d_branch: (..., D) gradient of s from the layer that normalizes it, or None.
         d_head: (..., width) gradient of x̂[..., :width], or None.
         stream: (..., D) s.
         x0: (..., D).
@@ -148,7 +134,7 @@ def mix_backward(
         dx (..., D), the new d_x0 (..., D), dλ (2,) fp32.
     """
     mixed, wide_x0 = _wide(stream), _wide(x0)
-    ds = _wide(d_stream) + _wide(d_branch)
+    ds = _wide(d_stream) if d_branch is None else _wide(d_stream) + _wide(d_branch)
     if d_head is not None:
         d_normed = torch.nn.functional.pad(_wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
         ds = ds + _norm_gradient(d_normed, mixed, rstd)[0]
@@ -160,9 +146,10 @@ def mix_backward(
     return (ds * lambdas[0]).to(stream.dtype), dx0.to(stream.dtype), d_lambdas
 
 
-def _mix(x: Tensor, x0: Tensor, lambdas: Tensor) -> Tensor:
-    # Rounded to the stream's dtype: the backward must normalize the very tensor that the forward wrote.
-    return (_wide(x) * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
+def _mix(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    # x + pending, wide, and s. s is rounded to the stream's dtype: backward must normalize the very tensor that forward wrote.
+    before = _wide(x) if pending is None else _wide(x) + _wide(pending)
+    return before, (before * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
 
 
 def heads_forward(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvfp8.head import LinearCrossEntropy
-from nvfp8.layers import Pending, RMSNorm, settled
+from nvfp8.layers import Pending, RMSNorm, mix, settled
 from nvfp8.ops import ops
 from nvfp8.recipe import Recipe
 from nvfp8.reference import NORM_EPS
@@ -39,37 +39,13 @@ class TELinear(nn.Module):
         def make(te: Any, device: Any) -> Any:
             return te.Linear(in_features, out_features, bias=False, params_dtype=torch.bfloat16, device=device)
 
-        self.engine = Engine(recipe, make, {"weight": (self,)}, fp8_weights)
+        self.engine: Engine | None = Engine(recipe, make, {"weight": (self,)}, fp8_weights)
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(..., in_features) bf16 -> (..., out_features), plus `add_to` where given."""
+        """(..., in_features) bf16 -> (..., out_features), plus `add_to` where given; not for a projection that was joined."""
+        assert self.engine is not None, "joined with others: they compute together"
         out: Tensor = self.engine(x)
         return out if add_to is None else add_to + out
-
-
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        stream, head, rstd = ops(x).mix_forward(x, pending, x0, lambdas, width)
-        ctx.save_for_backward(stream, x0, lambdas, rstd)
-        ctx.pending = pending is not None
-        ctx.set_materialize_grads(False)
-        # The stream leaves twice, once for the residual path and once for the branch: backward then gets two gradients and
-        # adds them in its own pass.
-        return stream, stream.view_as(stream), x0, head
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_stream: Tensor | None, d_branch: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        stream, x0, lambdas, rstd = ctx.saved_tensors
-        d_stream, d_branch = (torch.zeros_like(stream) if d is None else d.contiguous() for d in (d_stream, d_branch))
-        d_head = None if d_head is None else d_head.contiguous()
-        dx, d_x0, d_lambdas = ops(stream).mix_backward(d_stream, d_branch, d_head, stream, x0, lambdas, rstd, d_x0)
-        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None
 
 
 class TENormLinear(nn.Module):
@@ -78,8 +54,10 @@ class TENormLinear(nn.Module):
     norm_weight: Tensor | None
 
     def __init__(self, *projections: TELinear, recipe: Recipe, fp8_weights: bool, norm_weight: bool):
-        """Join `projections`, all with the same in_features."""
+        """Join `projections`, all with the same in_features. From now on they compute here only: their own engines go."""
         super().__init__()
+        for projection in projections:
+            projection.engine = None
         width = projections[0].weight.shape[1]
         sizes = {f"part{i}": len(projection.weight) for i, projection in enumerate(projections)}
         _register_norm_weight(self, width if norm_weight else None)
@@ -94,8 +72,7 @@ class TENormLinear(nn.Module):
 
     def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `nvfp8.layers.NormLinear`; x̂[..., :width] is without the norm's learnable scale."""
-        before, pending = x if isinstance(x, Pending) else (x, None)
-        stream, branch, x0, head = _Mix.apply(before, pending, x0, lambdas, width)
+        stream, branch, x0, head = mix(x, x0, lambdas, width)
         return stream, x0, head, self.engine(branch)
 
 
@@ -105,9 +82,10 @@ class TEMLP(nn.Module):
     norm_weight: Tensor | None
 
     def __init__(self, c_fc: TELinear, c_proj: TELinear, recipe: Recipe, fp8_weights: bool, norm_weight: bool):
-        """Join c_fc (hidden, width) and c_proj (width, hidden)."""
+        """Join c_fc (hidden, width) and c_proj (width, hidden), which from now on compute here only."""
         super().__init__()
         self.c_fc, self.c_proj = c_fc, c_proj
+        c_fc.engine = c_proj.engine = None
         hidden, width = c_fc.weight.shape
         _register_norm_weight(self, width if norm_weight else None)
 

@@ -9,7 +9,6 @@ from nvfp8.kernels.norm import (
     mix_backward,
     mix_forward,
     mix_norm_backward,
-    mix_norm_forward,
     norm_backward,
     norm_forward,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "mix_backward",
     "mix_forward",
     "mix_norm_backward",
-    "mix_norm_forward",
     "muon_descend_",
     "muon_nesterov_",
     "norm_backward",

@@ -4,8 +4,11 @@ Forward reads x (and x0) and writes x̂ (and the mixed stream). Backward reads t
 row and x̂, and writes dx, x̂ for the weight gradient, and x0's running gradient: no tensor is kept for it but x and one
 number a row. dλ leaves as one partial sum a row, added up in a fixed order, so it is deterministic.
 
-`mix_*` is for layers that do the norm themselves and keep the mixed stream: only the first channels of x̂ are written, and
-backward starts from the mixed stream, since Σg·x follows from Σg·s and Σg·x0 for s = λ₀·x + λ₁·x0.
+A branch that is still to be added to x is added here, in fp32, so that the stream is rounded once. Added to a bf16 stream by
+itself, whatever of it is below half of x's last bit would be lost, every time (docs/architecture.md).
+
+`mix_backward` is for layers that do the norm themselves and keep the mixed stream: it starts from that, since Σg·x follows from
+Σg·s and Σg·x0 for s = λ₀·x + λ₁·x0.
 """
 
 import torch
@@ -40,14 +43,16 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    D_NORMED, X, RSTD, D_STREAM, X0, LAMBDAS, D_X0_IN, DX, D_X0, D_LAMBDAS, NORMED, D,
-    STREAM: tl.constexpr, MIX: tl.constexpr, ADD_X0: tl.constexpr, BLOCK: tl.constexpr,
+    D_NORMED, X, PENDING, RSTD, D_STREAM, X0, LAMBDAS, D_X0_IN, DX, D_X0, D_LAMBDAS, NORMED, D,
+    ADD: tl.constexpr, STREAM: tl.constexpr, MIX: tl.constexpr, ADD_X0: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < D
     at = row * D + column
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(PENDING + at, mask, 0.0).to(tl.float32)
     mixed = x
     if MIX:
         x0 = tl.load(X0 + at, mask, 0.0).to(tl.float32)
@@ -76,7 +81,7 @@ def _norm_backward(
 @triton.jit
 def _mix_backward(
     D_STREAM, D_BRANCH, D_HEAD, STREAM, X0, LAMBDAS, RSTD, D_X0_IN, DX, D_X0, D_LAMBDAS, D, WIDTH,
-    HEAD: tl.constexpr, ADD_X0: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr, HEAD: tl.constexpr, ADD_X0: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -86,7 +91,9 @@ def _mix_backward(
     x0 = tl.load(X0 + at, mask, 0.0).to(tl.float32)
     resid_lambda = tl.load(LAMBDAS)
     x0_lambda = tl.load(LAMBDAS + 1)
-    ds = tl.load(D_STREAM + at, mask, 0.0).to(tl.float32) + tl.load(D_BRANCH + at, mask, 0.0).to(tl.float32)
+    ds = tl.load(D_STREAM + at, mask, 0.0).to(tl.float32)
+    if BRANCH:
+        ds += tl.load(D_BRANCH + at, mask, 0.0).to(tl.float32)
     if HEAD:
         rstd = tl.load(RSTD + row)
         normed = stream * rstd
@@ -118,17 +125,6 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     return normed, rstd
 
 
-def mix_norm_forward(x: Tensor, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `nvfp8.reference.mix_norm_forward`."""
-    x, x0 = x.contiguous(), x0.contiguous()
-    stream, normed = torch.empty_like(x), torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    grid, options = _launch(x)
-    lambdas, width = lambdas.contiguous(), x.shape[-1]
-    _norm_forward[grid](x, None, x0, lambdas, stream, normed, rstd, width, width, EPS=NORM_EPS, ADD=False, MIX=True, **options)
-    return stream, normed, rstd
-
-
 def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `nvfp8.reference.mix_forward`."""
     x, x0, lambdas = x.contiguous(), x0.contiguous(), lambdas.contiguous()
@@ -143,7 +139,7 @@ def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, 
 
 
 def mix_backward(
-    d_stream: Tensor, d_branch: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_stream: Tensor, d_branch: Tensor | None, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
     d_x0: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference.mix_backward`."""
@@ -152,7 +148,8 @@ def mix_backward(
     partial = torch.empty(grid[0], 2, dtype=torch.float32, device=stream.device)
     _mix_backward[grid](
         d_stream, d_branch, d_head, stream, x0, lambdas, rstd, None if d_x0 is None else d_x0.contiguous(), dx, new_d_x0, partial,
-        stream.shape[-1], 0 if d_head is None else d_head.shape[-1], HEAD=d_head is not None, ADD_X0=d_x0 is not None, **options,
+        stream.shape[-1], 0 if d_head is None else d_head.shape[-1],
+        BRANCH=d_branch is not None, HEAD=d_head is not None, ADD_X0=d_x0 is not None, **options,
     )  # fmt: skip
     return dx, new_d_x0, partial.sum(0)
 
@@ -163,22 +160,24 @@ def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | 
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     grid, options = _launch(x)
     _norm_backward[grid](
-        d_normed, x, rstd, d_stream, None, None, None, dx, None, None, normed, x.shape[-1],
-        STREAM=d_stream is not None, MIX=False, ADD_X0=False, **options,
+        d_normed, x, None, rstd, d_stream, None, None, None, dx, None, None, normed, x.shape[-1],
+        ADD=False, STREAM=d_stream is not None, MIX=False, ADD_X0=False, **options,
     )  # fmt: skip
     return dx, normed
 
 
 def mix_norm_backward(
-    d_stream: Tensor, d_normed: Tensor, x: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor, d_x0: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_stream: Tensor, d_normed: Tensor, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_x0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference.mix_norm_backward`."""
     x, x0, lambdas = x.contiguous(), x0.contiguous(), lambdas.contiguous()
     dx, normed, new_d_x0 = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     grid, options = _launch(x)
     partial = torch.empty(grid[0], 2, dtype=torch.float32, device=x.device)
     _norm_backward[grid](
-        d_normed, x, rstd, d_stream, x0, lambdas, None if d_x0 is None else d_x0.contiguous(), dx, new_d_x0, partial, normed,
-        x.shape[-1], STREAM=True, MIX=True, ADD_X0=d_x0 is not None, **options,
+        d_normed, x, None if pending is None else pending.contiguous(), rstd, d_stream, x0, lambdas,
+        None if d_x0 is None else d_x0.contiguous(), dx, new_d_x0, partial, normed, x.shape[-1],
+        ADD=pending is not None, STREAM=True, MIX=True, ADD_X0=d_x0 is not None, **options,
     )  # fmt: skip
     return dx, new_d_x0, partial.sum(0), normed

@@ -63,5 +63,5 @@ def test_a_small_model_is_profiled() -> None:
     command = [sys.executable, "-m", "benchmarks.profile", "--depth", "2", "--batch", "2", "--micro-batches", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    for fragment in ("GEMMs", "attention", "our Triton kernels", "embedding gradients", "casts and copies", "sum of kernels"):
+    for fragment in ("GEMMs", "attention", "our Triton kernels", "casts and copies", "sum of kernels"):
         assert fragment in done.stdout

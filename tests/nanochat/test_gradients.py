@@ -66,10 +66,10 @@ def plain_loss(model: GPT, ids: Tensor, targets: Tensor, dtype: torch.dtype) -> 
     return F.cross_entropy((15 * torch.tanh(logits / 15)).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def gradients(precision: Precision, plain: bool) -> dict[str, Tensor]:
+def gradients(precision: Precision, plain: bool, seed: int = 2) -> dict[str, Tensor]:
     """Loss and every gradient of one random model, by our layers or by the book."""
     model = build_model(CONFIG, precision, DEVICE)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(DEVICE))
@@ -93,13 +93,15 @@ def test_fp32_is_the_plain_model() -> None:
 
 
 def test_bf16_loses_no_more_than_plain_autograd() -> None:
-    truth, plain, ours = gradients(fp32(), plain=True), gradients(bf16(), plain=True), gradients(bf16(), plain=False)
-    ratios = {}
-    for name, exact in truth.items():
-        error, allowed = relative(ours[name], exact), relative(plain[name], exact)
-        if exact.numel() < 64:  # of a few numbers plain autograd may hit one by luck: 2% is no luck needed
-            assert error < max(1.5 * allowed, 0.02), name
-        else:
-            ratios[name] = error / allowed
-            assert ratios[name] < 1.25, name
+    # Several models: of a single number, as λ's gradient is, one of both may hit the truth by luck.
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(2, 10):
+        truth = gradients(fp32(), plain=True, seed=seed)
+        plain, ours = (gradients(bf16(), plain=plain, seed=seed) for plain in (True, False))
+        for name, exact in truth.items():
+            pair = tuple(float((value[name].double() - exact.double()).norm()) for value in (ours, plain))
+            errors.setdefault(name, []).append(pair)
+    ratios = {name: math.hypot(*(o for o, _ in pairs)) / math.hypot(*(p for _, p in pairs)) for name, pairs in errors.items()}
+    print({name: round(ratio, 2) for name, ratio in ratios.items()})
+    assert all(ratio < 1.25 for ratio in ratios.values()), ratios
     assert math.exp(sum(map(math.log, ratios.values())) / len(ratios)) < 1

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nanochat.build import EngineOptions, choose_precision, load_model
 from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.param_groups import groups
 from nanochat.plan import make_plan
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
@@ -147,7 +149,7 @@ def config(tmp_path: Path) -> TrainConfig:
     Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
     return TrainConfig(
         data=str(path), depth=4, aspect_ratio=64, head_dim=64, max_seq_len=128, device_batch_size=8, total_batch_size=2048,
-        num_iterations=50, warmup_steps=40,  # smear's rate does not shrink with the batch: without warm-up the loss jumps
+        num_iterations=50, warmup_steps=40,
         eval_every=25, eval_tokens=2048, sample_every=-1, core_metric_every=-1,
         precision="te", model_tag="te",
     )  # fmt: skip
@@ -166,7 +168,15 @@ class TestRuns:
     pytestmark = needs_engine
 
     @pytest.mark.parametrize("weights", ["bf16", "fp8"])
-    def test_fifty_steps_beside_bf16(self, config: TrainConfig, weights: str) -> None:
+    def test_fifty_steps_beside_bf16(self, config: TrainConfig, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        # At its own rate, which does not shrink with the batch, backout_lambda passes at step 20 the point where nothing is left
+        # of the stream in front of the head. The loss jumps by 1 then, in fp32 too, and roundings decide in which step.
+        def slow_backout(*arguments: Any, **more: Any) -> list[dict[str, Any]]:
+            result = groups(*arguments, **more)
+            next(group for group in result if group["name"] == "smear_backout").update(lr=0.002, initial_lr=0.002)
+            return result
+
+        monkeypatch.setattr("nanochat.train.groups", slow_backout)
         train(replace(config, precision="bf16", model_tag="plain"))
         plain = torch.tensor(losses("plain"))
         for name in ("delayed", "current", "blockwise"):

@@ -70,15 +70,21 @@ def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_pending", [True, False])
 @pytest.mark.parametrize("with_x0", [True, False])
-def test_mix_norm(shape: tuple[int, ...], with_x0: bool, dtype: torch.dtype) -> None:
+def test_mix_norm(shape: tuple[int, ...], with_x0: bool, with_pending: bool, dtype: torch.dtype) -> None:
     x, x0, d_normed, d_stream = (random(*shape, dtype=dtype, seed=seed) for seed in range(4))
     d_x0 = random(*shape, dtype=dtype, seed=5) if with_x0 else None
+    pending = random(*shape, dtype=dtype, seed=7) if with_pending else None
     # Short mantissas: products are exact, so a fused multiply-add rounds the bf16 stream as the twin does.
     lambdas = torch.tensor([1.125, 0.1875], device=DEVICE)
-    twin = reference.mix_norm_forward(x, x0, lambdas)
-    compare(kernels.mix_norm_forward(x, x0, lambdas), twin, reference.mix_norm_forward(*double(x, x0, lambdas)))
-    arguments = (d_stream, d_normed, x, x0, lambdas, twin[2], d_x0)
+    width = shape[-1]
+    twin, exact = (
+        reference.mix_forward(x, pending, x0, lambdas, width),
+        reference.mix_forward(*double(x, pending, x0, lambdas), width),
+    )
+    compare(kernels.mix_forward(x, pending, x0, lambdas, width), twin, exact)
+    arguments = (d_stream, d_normed, x, pending, x0, lambdas, twin[2], d_x0)
     kernel, twin = kernels.mix_norm_backward(*arguments), reference.mix_norm_backward(*arguments)
     exact = reference.mix_norm_backward(*double(*arguments))
     # dλ is a sum with much cancellation: its error is measured against the size of its terms, not of what is left.
@@ -97,7 +103,7 @@ def test_mix(shape: tuple[int, ...], with_head: bool, with_x0: bool, dtype: torc
     exact = reference.mix_forward(*double(x, pending, x0, lambdas), 12)
     compare(kernels.mix_forward(x, pending, x0, lambdas, 12), twin, exact)
     d_head = random(*shape[:-1], 12, dtype=dtype, seed=6) if with_head else None
-    arguments = (d_stream, d_branch, d_head, twin[0], x0, lambdas, twin[2], d_x0 if with_x0 else None)
+    arguments = (d_stream, d_branch if with_x0 else None, d_head, twin[0], x0, lambdas, twin[2], d_x0 if with_x0 else None)
     kernel, twin = kernels.mix_backward(*arguments), reference.mix_backward(*arguments)
     exact = reference.mix_backward(*double(*arguments))
     terms = (exact[0].norm() / lambdas[0] * torch.stack((x.double().norm(), x0.double().norm()))).norm()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp8.attention import project_heads
-from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
+from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -180,3 +180,15 @@ def test_project_heads(values: bool, dtype: torch.dtype) -> None:
     exact_outputs = [norm(rotate(q)) * 1.2, norm(rotate(k)) * 1.2, v]
     exact = torch.autograd.grad(exact_outputs, wide, [g.double() for g in gradients])
     check([*outputs, *ours], [*exact_outputs, *exact], dtype)
+
+
+def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
+    """Branches begin at zero and grow: added to a bf16 stream by itself, one of a tenth of the last bit would stay zero."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    stream = (1 + torch.rand(64, 256, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
+    x0 = torch.randn(64, 256, device=DEVICE, generator=generator).bfloat16()
+    branch = torch.full_like(stream, 2.0**-7 / 10)
+    assert torch.equal(settled(Pending(stream, branch)), stream)
+    lambdas = torch.tensor([1.1, 0.1], device=DEVICE)
+    with_branch, without = (mix(x, x0, lambdas)[0].float().mean() for x in (Pending(stream, branch), stream))
+    assert abs((with_branch - without) / (1.1 * 2.0**-7 / 10) - 1) < 0.1

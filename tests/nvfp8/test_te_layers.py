@@ -201,7 +201,7 @@ class TestEngine:
                 loss.backward()
                 losses.append(loss.detach())
                 torch.autograd.graph.increment_version(list(made.parameters()))  # as after an optimizer's step
-            keys = ("qkv", "mlp", "c_proj")
+            keys = ("qkv", "mlp", "c_proj", "next")
             return losses, {key: {k: v.clone().cpu() for k, v in made[key].engine.scaling_state().items()} for key in keys}
 
         whole, last = trained(4, None)
