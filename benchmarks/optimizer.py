@@ -2,9 +2,14 @@
 
     python -m benchmarks.optimizer --depth 12 [--precision bf16] [--steps 20]
     python -m benchmarks.optimizer --depth 12 --precision te [--recipe delayed] [--te-weights fp8] …
+    python -m benchmarks.optimizer --depth 24 --state-dtype e4m3 --master-weights bf16+8
 
 `ms` is from an idle GPU to an idle GPU, what a step of training pays. `host_ms` is until `step` returns: where it comes close to
 `ms`, the GPU waits for Python. Gradients are new tensors every step, as in training, with the dtype that backward gives them.
+
+`state_GiB` is all that the two keep between steps, `parameter_bytes` what a parameter of each takes in all: weight, what completes
+it, state and gradient. AdamW is one pass over memory: `adamw_gpu_ms` is its time on the GPU alone, `adamw_GB` what it must read and
+write, and `adamw_of_copy` the share of the copy rate measured beside it.
 """
 
 import argparse
@@ -17,14 +22,15 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from benchmarks.timing import WARM, copy_bandwidth, gpu_milliseconds
+from nanochat.adamw import AdamW
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPTConfig
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership
 from scripts.engine_flags import add_engine_flags, engine_options
-
-WARM = 3  # steps before the measured ones: kernels are compiled, memory is taken
+from scripts.state_flags import add_state_flags, state_formats
 
 
 def arguments() -> argparse.Namespace:
@@ -33,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
+    add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -40,6 +47,19 @@ def arguments() -> argparse.Namespace:
     if args.steps < 1:
         raise BadInput("--steps must be at least 1")
     return args
+
+
+def bytes_of_state(optimizer: NamedOptimizer) -> int:
+    """All that it keeps between steps, scales and what completes weights included."""
+    return sum(value.nbytes for value in optimizer.named_state().values())
+
+
+def bytes_moved(optimizer: AdamW) -> int:
+    """What a step must read and write: gradients once, weights and state twice, but a weight beside its fp32 master once."""
+    total = 2 * bytes_of_state(optimizer)
+    for _, p in optimizer.named_parameters():
+        total += optimizer.gradient(p).nbytes + (1 if "master" in optimizer.state[p] else 2) * p.nbytes
+    return total
 
 
 def main() -> None:
@@ -50,19 +70,26 @@ def main() -> None:
     except ValueError as error:
         raise BadInput(str(error)) from error
     precision, _ = choose_precision(args.precision, "cuda", engine_options(args) if args.precision == "te" else None)
+    formats = state_formats(args)
+    precision = formats.stored_by(precision, "cuda")
     model = build_model(config, precision, torch.device("cuda"))
     tokens = torch.randint(0, config.vocab_size, (1, config.sequence_len + 1), device="cuda")
     model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
     dtypes = {name: p.grad.dtype for name, p in model.named_parameters() if p.grad is not None}
     all_groups = groups(model, config, weight_decay=0.28)
-    adamw, muon = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype)
+    adamw, muon = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, formats=formats)
+    assert isinstance(adamw, AdamW)
 
-    def step(optimizer: NamedOptimizer) -> tuple[float, float]:
-        """Give every parameter a new gradient and update; return milliseconds in all and of the host."""
+    def renew(optimizer: NamedOptimizer) -> None:
+        """Give every parameter a new gradient."""
         for name, parameter in optimizer.named_parameters():
             if name in dtypes:
                 parameter.grad = None
                 parameter.grad = torch.randn_like(parameter, dtype=dtypes[name])
+
+    def step(optimizer: NamedOptimizer) -> tuple[float, float]:
+        """Update with new gradients; return milliseconds in all and of the host."""
+        renew(optimizer)
         torch.cuda.synchronize()
         start = time.perf_counter()
         optimizer.step()
@@ -70,11 +97,22 @@ def main() -> None:
         torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start), 1e3 * (host - start)
 
-    result: dict[str, object] = {"depth": args.depth, "precision": precision.name}
+    result: dict[str, object] = {"depth": args.depth, "precision": precision.name, **formats.describe(precision)}
     for optimizer in (muon, adamw):
         times = [step(optimizer) for _ in range(WARM + args.steps)][WARM:]
         for what, values in zip(("ms", "host_ms"), zip(*times, strict=True), strict=True):
             result[f"{optimizer.kind}_{what}"] = round(statistics.median(values), 2)
+        parameters = [p for _, p in optimizer.named_parameters()]
+        held = bytes_of_state(optimizer) + sum(p.nbytes + (0 if p.grad is None else p.grad.nbytes) for p in parameters)
+        result[f"{optimizer.kind}_parameter_bytes"] = round(held / sum(p.numel() for p in parameters), 2)
+    result["state_GiB"] = round((bytes_of_state(adamw) + bytes_of_state(muon)) / 2**30, 3)
+    milliseconds, moved, copy = (
+        gpu_milliseconds(adamw.step, args.steps, lambda: renew(adamw)),
+        adamw.bytes_moved(),
+        copy_bandwidth(),
+    )
+    result |= {"adamw_gpu_ms": round(milliseconds, 3), "adamw_GB": round(moved / 1e9, 3), "copy_GB_s": round(copy / 1e9)}
+    result["adamw_of_copy"] = round(moved / (1e-3 * milliseconds) / copy, 3)
     print(json.dumps({**result, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --depth 24 --batch 16 --accumulation 8 [--steps 20] [--window-pattern L] [--precision bf16]
     python -m benchmarks.step --depth 24 --batch 16 --precision te [--recipe delayed] [--te-layers separate] [--te-head te] …
+    python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps, compilation included, imports and model initialization not. Medians.
@@ -20,10 +21,13 @@ import torch
 
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
+from nanochat.optimizer import StoredByName
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
 from nanochat.te_adam import CHOICES, check
+from nvfp8.optim import UpdateEarly
 from scripts.engine_flags import add_engine_flags, engine_options
+from scripts.state_flags import add_state_flags, state_formats
 
 
 def main() -> None:
@@ -37,23 +41,37 @@ def main() -> None:
     parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
     parser.add_argument("--adamw", choices=CHOICES, default="own")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--update-early", action="store_true", help="with --accumulation 1: updates in the middle of backward")
+    add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
+    if args.update_early and (args.accumulation != 1 or args.adamw != "own"):
+        parser.error("--update-early goes with --accumulation 1 and --adamw own")
     if args.deterministic:
         make_deterministic()
     device = torch.device("cuda")
     config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
     options = engine_options(args) if args.precision == "te" else None
     precision, _ = choose_precision(args.precision, "cuda", options)
+    check(args.adamw, "cuda", precision.matrix_dtype)
+    formats = state_formats(args)
+    precision = formats.stored_by(precision, "cuda", args.adamw)
     model = build_model(config, precision, device)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizer_ms = []
     all_groups = groups(model, config, weight_decay=0.28)
-    check(args.adamw, "cuda", precision.matrix_dtype)
-    optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw)
+    optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
+    own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
+    early = UpdateEarly(own, dict(model.named_parameters())) if args.update_early else None
 
     def step() -> torch.Tensor:
+        if early is not None:
+            loss = model(inputs, targets)
+            early.begin()
+            loss.backward()
+            early.finish()
+            return loss
         for _ in range(args.accumulation):
             loss = model(inputs, targets, 1 / args.accumulation)
             loss.backward()
@@ -77,6 +95,7 @@ def main() -> None:
         loss = step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    held = sum(value.nbytes for optimizer in optimizers for value in optimizer.named_state().values())
     rate = args.batch * config.sequence_len * args.accumulation / statistics.median(seconds)
     print(
         json.dumps(
@@ -85,7 +104,9 @@ def main() -> None:
                 "precision": args.precision, "engine": asdict(options) if options else None,
                 "adamw": args.adamw, "deterministic": args.deterministic, "attention": model.attention_backend,
                 "tok_s": round(rate), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1), "warm_s": round(warm, 1),
+                "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
+                "update_early": args.update_early,
+                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None, "warm_s": round(warm, 1),
                 "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
             }
         )

@@ -19,6 +19,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import Muon
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import owned
+from nanochat.state_formats import AUTO, StateFormats
 from nanochat.te_adam import TEAdam
 from nanochat.tokenizer import Tokenizer
 from nvfp8 import te
@@ -127,8 +128,9 @@ def build_model(config: GPTConfig, precision: Precision, device: torch.device, a
 
 
 def build_optimizers(
-    groups: list[dict[str, Any]], owner: Mapping[str, int], rank: int, compute_dtype: torch.dtype, adamw: str = "own"
-) -> tuple[NamedOptimizer, Muon]:
+    groups: list[dict[str, Any]], owner: Mapping[str, int], rank: int, compute_dtype: torch.dtype, adamw: str = "own",
+    formats: StateFormats = AUTO, seed: int = 0,
+) -> tuple[NamedOptimizer, Muon]:  # fmt: skip
     """AdamW and Muon over what `rank` owns.
 
     Args:
@@ -137,10 +139,17 @@ def build_optimizers(
         rank: of this process.
         compute_dtype: of Muon's polar step.
         adamw: one of `te_adam.CHOICES`.
+        formats: how state and weights are stored; `formats.stored_by` has said that they can be.
+        seed: of stochastic rounding.
     """
     mine = {kind: owned(groups, kind, owner, rank) for kind in ("adamw", "muon")}
-    first = AdamW(mine["adamw"]) if adamw == "own" else TEAdam(mine["adamw"], adamw)
-    return first, Muon(mine["muon"], compute_dtype)
+    master = formats.master or "fp32"
+    first: NamedOptimizer
+    if adamw == "own":
+        first = AdamW(mine["adamw"], exp_avg=formats.exp_avg, exp_avg_sq=formats.exp_avg_sq, master=master, seed=seed)
+    else:
+        first = TEAdam(mine["adamw"], adamw)
+    return first, Muon(mine["muon"], compute_dtype, state=formats.momentum or "fp32", master=master, seed=seed)
 
 
 def load_weights(model: GPT, saved: Checkpoint) -> None:

@@ -6,6 +6,7 @@ the shape of a matrix, so it is Muon's business. With several processes each mat
 `ownership` decides, `owned` cuts the groups down to one process's share.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -52,7 +53,7 @@ def groups(
     weight_decay: float,
     batch_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups: name, kind ("adamw" or "muon"), params, names, lr, initial_lr and the kind's own.
+    """Return the parameter groups: name, kind ("adamw" or "muon"), params, param_names, lr, initial_lr and the kind's own.
 
     Args:
         model: with nanochat's parameter names.
@@ -87,16 +88,25 @@ def groups(
         "kind": "muon", "lr": matrix_lr * scale, "momentum": 0.85, "beta2": 0.9, "weight_decay": weight_decay
     }  # fmt: skip
     for name, group in result.items():
-        group.update(name=name, params=[], names=[], initial_lr=group["lr"])
+        group.update(name=name, params=[], param_names=[], initial_lr=group["lr"])
     for name, parameter in model.named_parameters():
         key = _group_of(name)
         if key is None:
             raise ValueError(f"the parameter {name} belongs to no optimizer group")
         result[key]["params"].append(parameter)
-        result[key]["names"].append(name)
+        result[key]["param_names"].append(name)
     if not result["norm_weights"]["params"]:  # only Transformer Engine's norms have any, and only where asked for
         del result["norm_weights"]
     return list(result.values())
+
+
+def backward_position(name: str) -> int:
+    """Where backward reaches a parameter: head, blocks from last to first (MLP, attention), then what feeds the first."""
+    if name.startswith("lm_head."):
+        return -sys.maxsize
+    if name.startswith("transformer.h."):
+        return -2 * int(name.split(".")[2]) - (".mlp." in name)
+    return -sys.maxsize + 1 if name.startswith("ln_f.") else 1
 
 
 def set_hyperparameters(
@@ -116,7 +126,7 @@ def ownership(groups: Iterable[dict[str, Any]], world: int) -> dict[str, int]:
     """
     sizes: dict[str, dict[str, int]] = {}
     for group in groups:
-        by_name = {name: p.numel() for name, p in zip(group["names"], group["params"], strict=True)}
+        by_name = {name: p.numel() for name, p in zip(group["param_names"], group["params"], strict=True)}
         sizes.setdefault(group["kind"], {}).update(by_name)
     return {name: rank for of_kind in sizes.values() for name, rank in owners(of_kind, world).items()}
 
@@ -126,6 +136,6 @@ def owned(groups: Iterable[dict[str, Any]], kind: str, owner: Mapping[str, int],
     result = []
     for group in groups:
         if group["kind"] == kind:
-            mine = [i for i, name in enumerate(group["names"]) if owner[name] == rank]
-            result.append({**group, **{key: [group[key][i] for i in mine] for key in ("params", "names")}})
+            mine = [i for i, name in enumerate(group["param_names"]) if owner[name] == rank]
+            result.append({**group, **{key: [group[key][i] for i in mine] for key in ("params", "param_names")}})
     return result

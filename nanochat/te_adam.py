@@ -16,6 +16,7 @@ It counts steps by group and has one choice of masters for all its parameters, s
 raises no version counter. And it divides by a tensor's largest moment, which is 0 where no gradient has come yet.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from nanochat.errors import BadInput
 from nanochat.optimizer import NamedOptimizer, gradient
 from nvfp8 import te
+from nvfp8.optim.stored import check_names
 
 CHOICES = ("own", "te-fp32", "te-bf16", "te-fp8", "te-remainders")
 _MOMENTS = {"te-bf16": torch.bfloat16, "te-fp8": torch.uint8}  # the others: fp32
@@ -66,7 +68,8 @@ class TEAdam(NamedOptimizer):
             ValueError: names do not match parameters.
             RuntimeError: Transformer Engine cannot be used here.
         """
-        super().__init__(groups)
+        super().__init__(groups, {"steps": 0})
+        check_names(self.param_groups)
         te.engine()
         from transformer_engine.pytorch.optimizers import FusedAdam
 
@@ -123,4 +126,30 @@ class TEAdam(NamedOptimizer):
             nothing = moment._quantizer.scale.isinf()  # its amax is 0: codes of 0·∞, which would be NaN
             moment._data.masked_fill_(nothing, 0)
             moment._scale_inv.masked_fill_(nothing, 1)
-        self.mark_changed()
+        torch.autograd.graph.increment_version([parameter for _, parameter in self.named_parameters()])
+
+    def load_state_tensors(self, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """See `NamedOptimizer`. Moments must have been saved in this choice's form; masters follow the weights' dtype."""
+        wanted = self.state_tensors()
+        for name, parameter in self.named_parameters():
+            key, rest = f"{name}.master", f"{name}.remainder"
+            if key in wanted and rest in saved:
+                theirs = "te-remainders" if saved[rest].dtype == torch.int16 else "own"
+                raise BadInput(f"the checkpoint completes {name} by {rest}; resume with --adamw {theirs}")
+            if key in wanted and key not in saved:
+                wanted.pop(key).copy_(weights[name])
+            elif key in saved and key not in wanted:
+                parameter.detach().copy_(saved[key])
+        missing = [key for key in wanted if key not in saved]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise BadInput(f"the checkpoint lacks the optimizer state {missing[0]}{more}; resume with its own settings")
+        for key, place in wanted.items():
+            value = saved[key]
+            if value.shape != place.shape or value.dtype != place.dtype:
+                raise BadInput(
+                    f"the checkpoint's optimizer state {key} is {value.dtype} {tuple(value.shape)}, this run needs "
+                    f"{place.dtype} {tuple(place.shape)}; resume with the settings it was saved with"
+                )
+            place.copy_(value)
+        self.steps = int(wanted[f"{self.kind}.steps"])

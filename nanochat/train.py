@@ -7,11 +7,12 @@ with a non-finite loss or gradient is not applied.
 A step begins with what is due before it (validation, sample, checkpoint), so the checkpoint of step n is the state after n
 updates, and a run resumed from it goes on as if it had never stopped.
 
+With --update-early backward itself updates (`nvfp8/optim/early.py`), so a step can be refused in part only.
+
 Ranks agree once a step, before what is due: whether a signal asked to stop, and whether one met a failure (rank 0 alone
 writes metrics). All of them then end, rather than wait for one that is gone.
 """
 
-import itertools
 import math
 import resource
 import sys
@@ -27,12 +28,14 @@ from nanochat import checkpoint, parallel, process, report, schedule
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
+from nanochat.earlier_runs import move_earlier_run, set_aside_after
 from nanochat.errors import BadInput
 from nanochat.evaluate import bits_per_byte
 from nanochat.generate import PROMPTS, continuations
 from nanochat.gpt import GPTConfig
 from nanochat.metrics import Metrics, StepRecord, require_wandb
-from nanochat.param_groups import groups, ownership, set_hyperparameters
+from nanochat.optimizer import StoredByName
+from nanochat.param_groups import backward_position, groups, ownership, set_hyperparameters
 from nanochat.plan import make_plan
 from nanochat.shards import open_or_build, unigram_bits_per_byte
 from nanochat.signals import StopRequest
@@ -40,6 +43,7 @@ from nanochat.te_adam import check as check_adamw
 from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
 from nvfp8 import hardware
+from nvfp8.optim import UpdateEarly
 
 WARMUP_STEPS = 3  # of this process: kernels are compiled, memory is taken; they say nothing about its speed
 
@@ -79,9 +83,15 @@ class Run:
             shape, tokens = self._shape(), config.device_batch_size * config.max_seq_len
             precision, why = choose_precision(config.precision, world.device.type, config.engine, (tokens, shape.n_embd))
             check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
+            precision = config.formats.stored_by(precision, world.device.type, config.adamw)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)
             self.model = build_model(shape, precision, world.device, config.attention, config.seed)
             self.plan = make_plan(config, self.model, world.size)
+            if config.update_early and self.plan.accumulation * world.size != 1:
+                parts = f"{self.plan.accumulation} micro-batches on {world.size} ranks"
+                raise BadInput(
+                    f"--update-early: a step must be one micro-batch of one process, this one is {parts}: see --total-batch-size"
+                )
         say = print if world.rank == 0 else lambda line: None
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
         self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
@@ -97,7 +107,8 @@ class Run:
                 require_wandb()  # before anything is moved
             self.batches = self._loader("train", loader_state)
             if world.rank == 0:
-                self._move_earlier_run(say)
+                if not self._resuming and (moved := move_earlier_run(self.directory)):
+                    say(moved)
                 self.metrics = self._open_metrics()
         self._introduce(why, source.describe())
 
@@ -120,9 +131,13 @@ class Run:
         )  # fmt: skip
         # In the order in which backward reaches them: what is not finite spreads that way, so the first bad name is
         # the closest to where it arose.
-        self.parameters = dict(sorted(model.named_parameters(), key=lambda item: _backward_position(item[0])))
+        self.parameters = dict(sorted(model.named_parameters(), key=lambda item: backward_position(item[0])))
         self.owner = ownership(all_groups, self.world.size)
-        self.optimizers = build_optimizers(all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw)
+        self.optimizers = build_optimizers(
+            all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw, config.formats, config.seed
+        )
+        own = [optimizer for optimizer in self.optimizers if isinstance(optimizer, StoredByName)]
+        self.early = UpdateEarly(own, self.parameters) if config.update_early else None
 
     @property
     def _resuming(self) -> bool:
@@ -141,7 +156,7 @@ class Run:
         step = None if self.config.resume else self.config.resume_from_step
         path = checkpoint.find(self.directory, step).path
         if step is not None:
-            self._set_aside_after(step)
+            set_aside_after(self.directory, step)
         return str(path)
 
     def _load(self, saved: checkpoint.Checkpoint) -> dict[str, Any]:
@@ -163,28 +178,14 @@ class Run:
         self.progress = Progress(**saved.state["progress"])
         if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
             self.progress.best_bpb = None
-        before, now = saved.state["train_config"], asdict(config)
+        before, now = (
+            asdict(TrainConfig()) | saved.state["train_config"],
+            asdict(config),
+        )  # what did not exist was as it is by default
         names = now.keys() - {"resume", "resume_from_step"}
-        self.changed = [f"{name} {before.get(name)} -> {now[name]}" for name in sorted(names) if before.get(name) != now[name]]
+        self.changed = [f"{name} {before[name]} -> {now[name]}" for name in sorted(names) if before[name] != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])
         return saved.state["data"]["position"]
-
-    def _set_aside_after(self, step: int) -> None:
-        """Going back to `step` abandons the steps after it: kept, but no longer what --resume would take."""
-        for later in (number for number in checkpoint.steps(self.directory) if number > step):
-            path = self.directory / f"step_{later:06d}"
-            names = (path.with_suffix(f".abandoned{number}") for number in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            _rename(path, aside)
-            print(f"resuming from step {step}: {path} is now {aside.name}")
-
-    def _move_earlier_run(self, say: Callable[[str], None]) -> None:
-        """A run that starts anew leaves an earlier one of the same tag whole, under another name."""
-        if not self._resuming and self.directory.exists():
-            taken = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
-            moved = next(path for path in taken if not path.exists())
-            _rename(self.directory, moved)
-            say(f"{self.directory} held an earlier run: it is now {moved} (--resume would have gone on with it)")
 
     def _loader(self, split: Split, state: dict[str, Any] | None = None) -> BatchLoader:
         return BatchLoader(
@@ -200,7 +201,9 @@ class Run:
 
     def _layers(self) -> dict[str, str]:
         """What every part of the model really runs in."""
-        return {**self.model.precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
+        precision, stored = self.model.precision, self.config.formats
+        layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
+        return {**layers, **stored.describe(precision, self.config.adamw)}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Record something on rank 0. What that fails with waits until the ranks next agree: the others cannot know of it."""
@@ -280,20 +283,16 @@ class Run:
         """One update from `accumulation` micro-batches, and its record."""
         start = time.perf_counter()
         step, plan, config = self.progress.step, self.plan, self.config
-        loss_sum = torch.zeros((), device=self.world.device)
-        for _ in range(plan.accumulation):
-            inputs, targets = next(self.batches)
-            loss = self.model(inputs, targets, 1 / (plan.accumulation * self.world.size))
-            loss.backward()
-            loss_sum += loss.detach()
-        parallel.reduce_gradients(self.parameters, self.owner)
-        check = parallel.check_gradients(self.parameters, self.owner, loss_sum)
-        bad = check.bad if math.isfinite(check.loss) else "the loss"
         multiplier = schedule.lr_multiplier(step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac)
-        if bad is None:
-            self._update(multiplier)
-        else:
+        self._set_rates(multiplier)
+        check = self._backward() if self.early is None else self._backward_and_update(self.early)
+        bad = check.bad if math.isfinite(check.loss) else "the loss"
+        if bad is not None:
             self.model.forget_nonfinite()
+        elif self.early is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            parallel.broadcast_parameters(self.parameters, self.owner)
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -305,7 +304,29 @@ class Run:
         if step == self.start_step:
             process.stop_collecting()
 
-    def _update(self, multiplier: float) -> None:
+    def _backward(self) -> parallel.GradientCheck:
+        """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
+        loss_sum = torch.zeros((), device=self.world.device)
+        for _ in range(self.plan.accumulation):
+            inputs, targets = next(self.batches)
+            loss = self.model(inputs, targets, 1 / (self.plan.accumulation * self.world.size))
+            loss.backward()
+            loss_sum += loss.detach()
+        parallel.reduce_gradients(self.parameters, self.owner)
+        return parallel.check_gradients(self.parameters, self.owner, loss_sum)
+
+    def _backward_and_update(self, early: UpdateEarly) -> parallel.GradientCheck:
+        """The one micro-batch of a step whose backward updates as it goes; the loss is looked at before."""
+        loss = self.model(*next(self.batches))
+        value = loss.item()
+        early.begin()
+        if math.isfinite(value):
+            loss.backward()
+        else:
+            early.bad = "the loss"
+        return parallel.GradientCheck(early.finish(), early.bad, value)
+
+    def _set_rates(self, multiplier: float) -> None:
         step, plan = self.progress.step, self.plan
         for optimizer in self.optimizers:
             set_hyperparameters(
@@ -314,8 +335,6 @@ class Run:
                 muon_momentum=schedule.muon_momentum(step, plan.steps, self.config.warmdown_ratio),
                 muon_weight_decay=schedule.muon_weight_decay(step, plan.steps, plan.weight_decay),
             )
-            optimizer.step()
-        parallel.broadcast_parameters(self.parameters, self.owner)
 
     def _count_bad(self, step: int, bad: str | None) -> None:
         progress = self.progress
@@ -323,7 +342,10 @@ class Run:
         if bad is None:
             return
         what = bad if bad == "the loss" else f"the gradient of {bad}"
-        self.say(f"step {step}: {what} is not finite, the step is not applied ({progress.bad_steps} in a row)")
+        left = "the step is not applied"
+        if self.early is not None and self.early.updated:
+            left = f"{self.early.updated} of {len(self.parameters)} parameters were updated before it, the others are not"
+        self.say(f"step {step}: {what} is not finite, {left} ({progress.bad_steps} in a row)")
         if progress.bad_steps >= self.config.max_bad_steps:
             self.say(f"stopping after {progress.bad_steps} such steps; the last good checkpoint in {self.directory} is as it was")
             self._leave(1)
@@ -408,22 +430,6 @@ class Run:
         picture = report.draw(self.directory)
         seconds, memory = self.progress.seconds, self._memory_gib()
         metrics.message(f"trained for {seconds:.0f} s, peak memory {memory:.1f} GiB; curves in {picture}")
-
-
-def _rename(path: Path, to: Path) -> None:
-    try:
-        path.rename(to)
-    except OSError as error:
-        raise BadInput(f"cannot rename {path} to {to.name}: {error.strerror}; rename it by hand, or mend its directory") from error
-
-
-def _backward_position(name: str) -> int:
-    """Where backward reaches a parameter: head, blocks from last to first (MLP, attention), then what feeds the first."""
-    if name.startswith("lm_head."):
-        return -sys.maxsize
-    if name.startswith("transformer.h."):
-        return -2 * int(name.split(".")[2]) - (".mlp." in name)
-    return -sys.maxsize + 1 if name.startswith("ln_f.") else 1
 
 
 def train(config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from nanochat.build import EngineOptions
 from nanochat.errors import BadInput
+from nanochat.state_formats import StateFormats, parse_formats
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class TrainConfig:
     te_weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
     adamw: str = "own"
+    state_dtype: str = "auto"
+    master_weights: str = "auto"
+    update_early: bool = False
     attention: str = "auto"
     deterministic: bool = False
     max_bad_steps: int = 5
@@ -67,7 +71,7 @@ class TrainConfig:
         """Refuse what no run can do.
 
         Raises:
-            BadInput: a number out of its range, FP8, or two ways to resume at once.
+            BadInput: a number out of its range, FP8, a format of state that does not exist, or two flags against each other.
         """
         if self.fp8:
             raise BadInput("--fp8: FP8 layers of our own do not exist yet; use --precision te, Transformer Engine's")
@@ -82,6 +86,9 @@ class TrainConfig:
                 raise BadInput(f"{_flag(name)} is {getattr(self, name)}: it must be between 0 and 1")
         if self.eval_every > 0 and self.eval_tokens < 1:
             raise BadInput(f"--eval-tokens is {self.eval_tokens}: it must be at least 1, or --eval-every -1 for no evaluation")
+        parse_formats(self.state_dtype, self.master_weights)
+        if self.update_early and self.adamw != "own":
+            raise BadInput(f"--update-early updates tensor by tensor, --adamw {self.adamw} all at once: use --adamw own")
         if self.resume and self.resume_from_step >= 0:
             raise BadInput("--resume takes the newest checkpoint, --resume-from-step a given one: use one of them")
 
@@ -89,6 +96,11 @@ class TrainConfig:
     def engine(self) -> EngineOptions:
         """What Transformer Engine is told, where it is used."""
         return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight)
+
+    @property
+    def formats(self) -> StateFormats:
+        """How optimizer state and weights are stored."""
+        return parse_formats(self.state_dtype, self.master_weights)
 
     @property
     def tag(self) -> str:

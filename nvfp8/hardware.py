@@ -95,6 +95,23 @@ def missing(feature: str, capability: Capability) -> str | None:
     raise ValueError(f"unknown feature {feature!r}: choose among {', '.join(FEATURES)}")
 
 
+def unstorable(state_dtype: str, capability: Capability) -> str | None:
+    """Why optimizer state cannot be kept in a format on a device, or None where it can.
+
+    Args:
+        state_dtype: a key of `nvfp8.state.STATE_DTYPES`.
+        capability: CUDA compute capability.
+
+    Returns:
+        One line that says what can be kept instead. E5M2 is the upper half of fp16, which every device converts.
+    """
+    if state_dtype != "e4m3" or capability >= (8, 9):
+        return None
+    return (
+        f"conversions from E4M3 came with 8.9, this is compute capability {capability[0]}.{capability[1]}: use e5m2, bf16 or fp32"
+    )
+
+
 def best_recipe(capability: Capability) -> str:
     """The recipe that `--recipe auto` takes: the fastest one this chip runs natively.
 

@@ -2,15 +2,19 @@
 
 Tests compare each Triton kernel with its twin and both with fp64; a CPU runs the twins themselves. Twins and kernels have
 the same names and arguments, so `nvfp8.ops` can choose by device. Statistics and all arithmetic are fp32 (fp64 for fp64
-input); each result is rounded once to the dtype of the tensor it replaces.
+input); each result is rounded once to the dtype of the tensor it replaces. Twins of optimizers are in `nvfp8/reference_optim.py`.
 
 Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E head dimension, V vocabulary.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from nvfp8.reference_optim import AdamWTensor as AdamWTensor
+from nvfp8.reference_optim import adamw_ as adamw_
+from nvfp8.reference_optim import muon_descend_ as muon_descend_
+from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
+from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
 
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23
@@ -303,42 +307,3 @@ def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap:
         logits[:, :vocab] = gradient
         logits[:, vocab:] = 0
     return losses
-
-
-def muon_nesterov_(gradients: Sequence[Tensor], momentum: Tensor, x: Tensor, take: float, mu: float) -> None:
-    """Momentum of n matrices of one shape, and their Nesterov gradient: m ← m + take·(g − m), x = g + mu·(m − g).
-
-    x sees the momentum before it is rounded to be stored.
-
-    Args:
-        gradients: n of (r, c), any floats.
-        momentum: (n, r, c), in the dtype it is stored in; updated.
-        x: (n, r, c); written.
-        take: 1 − mu, exact.
-        mu: μ.
-    """
-    for grad, stored, out in zip(gradients, momentum, x, strict=True):
-        g, m = _wide(grad), _wide(stored)
-        m = m + take * (g - m)
-        stored.copy_(m)
-        out.copy_(g + mu * (m - g))
-
-
-def muon_descend_(weights: Sequence[Tensor], master: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float) -> None:
-    """One step of n matrices along u = x·scale, decayed where u pulls the same way: w ← w − lr·u − lr_wd·w [u·w ≥ 0].
-
-    Args:
-        weights: n of (r, c), of one dtype; stepped. Where there is a master, they become its rounded copy.
-        master: (n, r, c) fp32, stepped in their place, or None.
-        x: (n, r, c).
-        scale: (n, r, 1) or (n, 1, c) fp32.
-        lr: learning rate.
-        lr_wd: learning rate times weight decay.
-    """
-    for i, weight in enumerate(weights):
-        w = _wide(weight if master is None else master[i])
-        u = _wide(x[i]) * scale[i]
-        value = w - lr * u - lr_wd * w * (u * w >= 0)
-        if master is not None:
-            master[i] = value
-        weight.copy_(value)

@@ -2,7 +2,8 @@
 
 An average kept in FP8 moves by less than half a step per update, so rounding to nearest never moves it: it freezes. Rounded up
 with the probability of the part that is cut off, it moves as it should on average. The random bits are a hash of (key, index):
-the same step of the same run rounds alike on every machine and on any number of ranks, and nothing has to be stored.
+the same step of the same run rounds alike on every machine, on any number of ranks, in this file and in the Triton kernels
+(`nvfp8/kernels/rounding.py` has the same functions), and nothing has to be stored.
 
 FP8 alone spans 2^18 (E4M3) or 2^32 (E5M2) from its smallest to its largest number. A scale for every 128 elements, the block's
 largest magnitude over the format's, puts each block's range where its values are.
@@ -15,6 +16,8 @@ BLOCK = 128  # elements that share a scale: fp32 scales are 3 % of one byte an e
 
 # Exponent of the smallest normal number, bits of mantissa, largest number.
 FORMATS = {torch.float8_e4m3fn: (-6, 3, 448.0), torch.float8_e5m2: (-14, 2, 57344.0)}
+# A scale is so much larger that its block's largest magnitude, times the scale's rounded reciprocal, is not above the format's.
+HEADROOM = 2.0**-20
 _MASK = 0xFFFFFFFF
 
 
@@ -54,60 +57,84 @@ def random_bits(index: Tensor, key: int) -> Tensor:
     return value ^ (value >> 16)
 
 
+def draw(value: Tensor, key: int) -> Tensor:
+    """32 random bits for each element of `value`, by its place in memory order: int64 in [0, 2^32), value's shape."""
+    return random_bits(torch.arange(value.numel(), device=value.device), key).view(value.shape)
+
+
+def three(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one draw three, each with 16 random bits on top: a hash an element is what kernels can afford, not three.
+
+    The halves of a draw share nothing. The third mixes both: whatever one half is, the other makes its upper bits uniform, so
+    any two of the three are independent; all three together are not, which no rounding asks for. 16 bits round a bf16 weight
+    without bias, and anything else with a bias below 2^-16 of a step.
+
+    Args:
+        bits: int64 in [0, 2^32).
+
+    Returns:
+        Three of the same kind: the upper half, the lower half, the mixture.
+    """
+    return bits, (bits << 16) & _MASK, (bits * 0x9E3779B1) & _MASK
+
+
 def uniform(bits: Tensor) -> Tensor:
-    """Random bits as fp32 in [0, 1), multiples of 2^-24."""
-    return (bits >> 8).float() * 2.0**-24
+    """Random bits as fp32 in [0, 1]."""
+    return bits.float() * 2.0**-32
 
 
-def to_grid(value: Tensor, dtype: torch.dtype, noise: Tensor | None, squared: bool = False) -> Tensor:
+def to_grid(value: Tensor, dtype: torch.dtype, bits: Tensor | None, squared: bool = False) -> Tensor:
     """The numbers of an FP8 format that `value` is rounded to.
+
+    Cutting off the low bits of an fp32 number rounds it down to the format's mantissa; random bits added there before carry it up
+    as often as they should. Below the format's smallest normal number steps no longer shrink. Added to that number, values
+    have just those steps, so both ranges take one way, which is a few integer instructions in a kernel.
 
     Args:
         value: fp32, at most the format's largest number in magnitude; NaN and inf become NaN.
         dtype: a key of FORMATS.
-        noise: fp32 in [0, 1), value's shape: rounds up where the part cut off exceeds it. None rounds to nearest, ties up.
-        squared: the square of the result, not the result, is right on average (for second moments kept as roots).
+        bits: of `draw`, value's shape. None rounds to nearest, ties up.
+        squared: the square of the result, not the result, is right on average (for second moments kept as roots, not negative);
+            but what is not 0 never becomes 0, for the step of a weight is divided by it.
 
     Returns:
         fp32, exact in `dtype`.
     """
-    smallest, mantissa, largest = FORMATS[dtype]
+    smallest, mantissa, _ = FORMATS[dtype]
+    cut = 23 - mantissa  # bits
     magnitude = value.abs()
-    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp_min(smallest)
-    step = ((exponent - mantissa + 127) << 23).view(torch.float32)
-    steps = magnitude / step  # a power of two: exact
-    below = steps.floor()
-    if noise is None:
-        up = steps - below >= 0.5
-    elif squared:
-        up = noise * (2 * below + 1) < steps * steps - below * below
+    shift = torch.where(magnitude < 2.0**smallest, 2.0**smallest, 0.0)
+    whole = (magnitude + shift).view(torch.int32)
+    if squared and bits is not None:
+        lower = (whole >> cut << cut).view(torch.float32) - shift
+        step = ((whole & 0x7F800000) - (mantissa << 23)).view(torch.float32)
+        up = (uniform(bits) * (step * (2 * lower + step)) < value * value - lower * lower) | ((lower == 0) & (value > 0))
+        rounded = torch.where(up, lower + step, lower)
     else:
-        up = noise < steps - below
-    rounded = ((below + up) * step).clamp_max(largest)
+        added = 1 << cut - 1 if bits is None else (bits >> 32 - cut).to(torch.int32)
+        rounded = (whole + added >> cut << cut).view(torch.float32) - shift
     return torch.where(value.isfinite(), rounded.copysign(value), torch.nan)
 
 
-def encode(value: Tensor, dtype: torch.dtype, noise: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
+def encode(value: Tensor, dtype: torch.dtype, bits: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
     """Store fp32 numbers as FP8 with a scale for every block.
 
     Args:
         value: (n,) fp32; with `root` not negative.
         dtype: a key of FORMATS.
-        noise: (n,) fp32 in [0, 1), or None for rounding to nearest.
+        bits: (n,) of `draw`, or None for rounding to nearest.
         root: store square roots, which spans twice the exponents: for second moments.
 
     Returns:
-        (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0.
+        (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0, one with NaN or inf has that.
     """
     count = len(value)
     blocks = torch.nn.functional.pad(value.sqrt() if root else value, (0, -count % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1) / FORMATS[dtype][2]
+    scale = blocks.abs().amax(1) * ((1 + HEADROOM) / FORMATS[dtype][2])
     # Multiplied by a reciprocal, as the kernels do; a scale so small that it has none is of a block that is as good as zero.
     inverse = torch.where(scale > 2.0**-126, 1 / scale, 0.0)
     scale = torch.where(scale > 2.0**-126, scale, torch.where(scale.isfinite(), 0.0, scale))
-    scaled = (blocks * inverse[:, None]).view(-1)[:count]
-    scaled = scaled.clamp(-FORMATS[dtype][2], FORMATS[dtype][2])  # amax times its reciprocal may come out one bit above
-    return to_grid(scaled, dtype, noise, squared=root).to(dtype), scale
+    return to_grid((blocks * inverse[:, None]).view(-1)[:count], dtype, bits, squared=root).to(dtype), scale
 
 
 def decode(stored: Tensor, scale: Tensor, root: bool) -> Tensor:

@@ -18,6 +18,7 @@ from nanochat.te_adam import CHOICES
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from scripts.engine_flags import add_engine_flags
+from scripts.state_flags import add_state_flags
 
 
 def _parser() -> Parser:
@@ -75,6 +76,12 @@ def _parser() -> Parser:
     add(ours, "tokenizer", str, "directory of tokenizer.json; empty = <base>/tokenizer")
     add(ours, "precision", str, "auto, te, bf16 or fp32; auto takes the first that runs here", choices=PRECISIONS)
     add(ours, "adamw", str, "ours, or Transformer Engine's with its state in that form, for comparison", choices=CHOICES)
+    add_state_flags(parser)
+    parser.add_argument(
+        "--update-early", action="store_true",
+        help="apply each update as soon as its gradient is complete, and free that: one micro-batch a step, one process; "
+        "a gradient that is not finite stops the rest of its step, not what backward reached before it",
+    )  # fmt: skip
     add(ours, "attention", str, "auto, fa3, cudnn, sdpa or plain", choices=("auto", "fa3", "cudnn", "sdpa", "plain"))
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")

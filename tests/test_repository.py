@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Imports point from left to right, never back. The twins come last: they need nothing and say what a kernel computes.
-ORDER = ("scripts", "nanochat", "nvfp8", "nvfp8.kernels", "nvfp8.reference")
+# Imports point from left to right, never back. After the kernels their twins, which say what a kernel computes, and what both
+# know of storage: those need nothing.
+ORDER = (
+    "scripts",
+    "nanochat",
+    "nvfp8",
+    "nvfp8.kernels",
+    "nvfp8.reference",
+    "nvfp8.reference_optim",
+    "nvfp8.state",
+    "nvfp8.rounding",
+)
 SOURCES = sorted(path for package in ("scripts", "nanochat", "nvfp8") for path in (ROOT / package).rglob("*.py"))
 PYTHON = sorted({*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")})
 

@@ -1,5 +1,6 @@
 """Triton kernels, one file a family; no autograd here. Names and arguments are those of the twins in `nvfp8.reference`."""
 
+from nvfp8.kernels.adamw import adamw_
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.heads import heads_backward, heads_forward
@@ -12,8 +13,10 @@ from nvfp8.kernels.norm import (
     norm_forward,
 )
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
+from nvfp8.kernels.symmetric import symmetric_product_
 
 __all__ = [
+    "adamw_",
     "add_rows_",
     "heads_backward",
     "heads_forward",
@@ -28,4 +31,5 @@ __all__ = [
     "relu_squared_backward_",
     "scale_",
     "softcap_cross_entropy_",
+    "symmetric_product_",
 ]

@@ -2,10 +2,12 @@
 
 State lies in one buffer (n, r, c). Gradients and weights are tensors of their own, wherever autograd and the model put them,
 so their addresses go to the GPU as a table of n int64 and a program looks up its matrix: nothing is stacked or copied. The
-table is 8 bytes a matrix from pinned memory: the host does not wait, and torch keeps the buffer until the copy is done.
+table is 8 bytes a matrix from pinned memory: the host does not wait, and torch keeps the buffer until the copy is done. The keys of
+stochastic rounding, one a matrix, stand behind the addresses.
 
-Each program takes 4096 elements of one matrix and touches each byte once. Of an address that comes from a table the compiler
-knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
+Each program takes 4096 elements of one matrix and touches each byte once. 4096 is 32 blocks of 128, so FP8 state is decoded,
+updated and encoded with new scales in registers: no program needs another's maximum. Of an address that comes from a table the
+compiler knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
 Hyperparameters are fp32 arguments and shapes are plain integers (of the columns alone the compiler learns whether 16 divides
 them), so a schedule compiles nothing anew.
 """
@@ -17,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nvfp8.kernels import rounding
+from nvfp8.rounding import BLOCK as SCALED
+
 BLOCK = 4096  # elements a program
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -29,54 +33,87 @@ def _matrix(TABLE, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
+@triton.jit
+def _bits(TABLE, matrix, at):
+    return rounding.random_bits(at, tl.load(TABLE + tl.num_programs(1) + matrix))
+
+
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_nesterov(
-    GRADIENTS, MOMENTUM, X, ROWS, COLUMNS, TAKE, MU, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    GRADIENTS, MOMENTUM, SCALES, X, ROWS, COLUMNS, TAKE, MU, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
     g = tl.load(_matrix(GRADIENTS, matrix, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
-    m = tl.load(MOMENTUM + start + at, mask, 0.0).to(tl.float32)
+    stored = tl.load(MOMENTUM + start + at, mask, 0.0)
+    if FORMAT is not None:
+        EACH: tl.constexpr = BLOCK // rounding.BLOCK
+        blocks = tl.cdiv(ROWS * COLUMNS, rounding.BLOCK)
+        block = tl.program_id(0) * EACH + tl.arange(0, EACH)
+        scales = SCALES + matrix.to(tl.int64) * blocks + block
+        m = rounding.decode(stored, tl.load(scales, block < blocks, 0.0), EACH, False)
+    else:
+        m = stored.to(tl.float32)
     m += TAKE * (g - m)
-    tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
     tl.store(X + start + at, (g + MU * (m - g)).to(X.dtype.element_ty), mask)
+    if FORMAT is not None:
+        m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, at), EACH, FORMAT, False)
+        tl.store(scales, scale, block < blocks)
+    tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_descend(
-    WEIGHTS, MASTER, X, SCALE, ROWS, COLUMNS, LR, LR_WD,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
+    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = tl.int16 == TYPE  # bf16 weights are read and written as bits
     matrix = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
-    weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED)
+    weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
     if BY_ROW:
         scale = tl.load(SCALE + matrix * ROWS + at // COLUMNS, mask, 0.0)
     else:
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
     u = tl.load(X + start + at, mask, 0.0).to(tl.float32) * scale
     if MASTERED:
-        w = tl.load(MASTER + start + at, mask, 0.0)
+        w = tl.load(KEPT + start + at, mask, 0.0)
+    elif NARROW:
+        if EXTRA > 0:
+            rest = tl.load(KEPT + start + at, mask, 0)
+        else:
+            rest = tl.zeros((BLOCK,), tl.int32)
+        w = rounding.join(tl.load(weight, mask, 0), rest, EXTRA)
     else:
-        w = tl.load(weight + at, mask, 0.0).to(tl.float32)
+        w = tl.load(weight, mask, 0.0)
     w = w - LR * u - tl.where(u * w >= 0, LR_WD * w, 0.0)
-    if MASTERED:
-        tl.store(MASTER + start + at, w, mask)
-    tl.store(weight + at, w.to(TYPE), mask)
+    if NARROW:
+        if MASTERED:
+            bits = rounding.nearest(w)
+            tl.store(KEPT + start + at, w, mask)
+        elif EXTRA < 16:
+            bits = _bits(WEIGHTS, matrix, at)
+        else:
+            bits = at  # nothing is cut off
+        upper, rest = rounding.split(w, bits, EXTRA)
+        tl.store(weight, upper.to(tl.int16), mask)
+        if EXTRA > 0:
+            tl.store(KEPT + start + at, rest.to(KEPT.dtype.element_ty), mask)
+    else:
+        tl.store(weight, w, mask)
 
 
-def _table(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[str, object]]:
-    """The addresses of contiguous tensors of one dtype, on their device, and what the compiler is told of them."""
+def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tensor, bool]:
+    """The addresses of contiguous tensors and the keys behind them, on their device; and whether 16 divides all addresses."""
     addresses, first = [t.data_ptr() for t in tensors], tensors[0]
-    table = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
-    return table.to(first.device, non_blocking=True), {
-        "TYPE": _TYPES[first.dtype],
-        "ALIGNED": all(address % 16 == 0 for address in addresses),
-    }
+    assert keys is None or len(keys) == len(addresses), "a matrix has one key"
+    table = torch.tensor([*addresses, *(keys or ())], dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
+    return table.to(first.device, non_blocking=True), all(address % 16 == 0 for address in addresses)
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
@@ -85,22 +122,42 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(r * c, BLOCK), n
 
 
-def muon_nesterov_(gradients: Sequence[Tensor], momentum: Tensor, x: Tensor, take: float, mu: float) -> None:
-    """See `nvfp8.reference.muon_nesterov_`; `momentum` and `x` must be contiguous."""
+def muon_nesterov_(
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float, mu: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
+    n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
+    assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
+    if scales is not None:
+        assert keys is not None, "what is rounded stochastically needs a key for each matrix"
+        assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
     dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
     gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
-    table, known = _table(gradients)
-    _muon_nesterov[_grid(x)](table, momentum, x, *x.shape[1:], float(take), float(mu), **known, BLOCK=BLOCK, num_warps=8)
+    table, aligned = _table(gradients, keys if scales is not None else None)
+    _muon_nesterov[_grid(x)](
+        table, momentum, scales, x, r, c, float(take), float(mu), tl.float32 if dtype == torch.float32 else tl.bfloat16, aligned,
+        rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
-def muon_descend_(weights: Sequence[Tensor], master: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float) -> None:
-    """See `nvfp8.reference.muon_descend_`; weights, `master` and `x` must be contiguous, the weights of one dtype."""
-    assert x.is_contiguous() and (master is None or master.is_contiguous()), "muon_descend_ works on contiguous memory"
+def muon_descend_(
+    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
+    narrow = weights[0].dtype == torch.bfloat16
+    assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
     assert all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights), "weights must be contiguous, of one dtype"
-    assert weights[0].dtype in _TYPES, "weights must be fp32 or bf16"
-    table, known = _table(weights)
+    assert narrow or weights[0].dtype == torch.float32, "weights must be fp32 or bf16"
+    assert narrow or kept is None, "an fp32 weight is whole"
+    mastered = kept is not None and kept.dtype == torch.float32
+    extra = 0 if kept is None or mastered else 8 * kept.element_size()
+    drawn = narrow and not mastered and extra < 16
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    table, aligned = _table(weights, keys if drawn else None)
     _muon_descend[_grid(x)](
-        table, master, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd),
-        **known, MASTERED=master is not None, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
+        table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
+        mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

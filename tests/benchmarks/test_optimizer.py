@@ -18,6 +18,26 @@ def test_without_a_gpu_it_is_one_line() -> None:
     assert done.stderr == "error: the optimizers are timed on a GPU, and torch finds no CUDA device\n"
 
 
+PEERS = [sys.executable, "-m", "benchmarks.optimizer_peers", "--rows", "512", "--width", "256", "--tensors", "2", "--repeats", "2"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_peers_need_a_gpu_too() -> None:
+    done = subprocess.run(PEERS, capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.gpu
+def test_every_peer_is_a_line_and_a_missing_one_says_so() -> None:
+    done = subprocess.run(PEERS, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({line["adamw"] for line in lines}) == len(lines) == 14
+    for line in lines:
+        assert line.keys() & {"ms", "missing", "failed"}
+        assert "ours" not in line["adamw"] or line["ms"] > 0
+
+
 @pytest.mark.gpu
 def test_a_small_model_is_timed() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
@@ -25,3 +45,5 @@ def test_a_small_model_is_timed() -> None:
     result = json.loads(done.stdout)
     for kind in ("muon", "adamw"):
         assert 0 < result[f"{kind}_host_ms"] <= result[f"{kind}_ms"]
+        assert 2 < result[f"{kind}_parameter_bytes"] < 17
+    assert result["adamw_of_copy"] > 0  # more than 1 where all fits into the cache

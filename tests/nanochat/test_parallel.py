@@ -35,7 +35,7 @@ def build() -> tuple[dict[str, torch.nn.Parameter], list[dict[str, Any]]]:
 
 
 def share(params: dict[str, torch.nn.Parameter], names: dict[str, Any]) -> dict[str, Any]:
-    return {"names": list(names), "params": [params[n] for n in names]}
+    return {"param_names": list(names), "params": [params[n] for n in names]}
 
 
 def gradients(step: int, rank: int, params: dict[str, torch.nn.Parameter]) -> dict[str, Tensor | None]:

@@ -59,7 +59,7 @@ def test_the_batch_scales_every_rate_but_smear_and_backout() -> None:
 
 
 def test_the_table_of_names() -> None:
-    names = {name: g["names"] for name, g in table().items()}
+    names = {name: g["param_names"] for name, g in table().items()}
     block = "transformer.h.0."
     assert names == {
         "lm_head": ["lm_head.weight"],
@@ -76,7 +76,7 @@ def test_the_table_of_names() -> None:
     model = StandIn()
     by_name = dict(model.named_parameters())
     for g in groups(model, Config(), weight_decay=0.0):
-        assert all(p is by_name[name] for name, p in zip(g["names"], g["params"], strict=True))
+        assert all(p is by_name[name] for name, p in zip(g["param_names"], g["params"], strict=True))
 
 
 def test_a_parameter_without_a_group_is_named() -> None:
@@ -106,11 +106,11 @@ def test_ranks_own_every_parameter_once_and_all_groups(world: int) -> None:
         shares = owned(made, "adamw", owner, rank), owned(made, "muon", owner, rank)
         assert [len(s) for s in shares] == [6, 1]
         for g in (*shares[0], *shares[1]):
-            assert len(g["names"]) == len(g["params"])
-            assert all(owner[name] == rank for name in g["names"])
-            seen += g["names"]
+            assert len(g["param_names"]) == len(g["params"])
+            assert all(owner[name] == rank for name in g["param_names"])
+            seen += g["param_names"]
         AdamW(shares[0]), Muon(shares[1], torch.float32)
-    assert sorted(seen) == sorted(name for g in made for name in g["names"])
+    assert sorted(seen) == sorted(name for g in made for name in g["param_names"])
 
 
 def test_each_kind_is_spread_evenly() -> None:

@@ -1,5 +1,7 @@
 """Transformer Engine's FusedAdam against the formula in fp64, its state stored as each choice says, and what is refused."""
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from nvfp8 import te
-from nvfp8.state import codec
+from nvfp8.state import read_weight
 from scripts.base_train import _parser
 
 needs_engine = [pytest.mark.gpu, pytest.mark.skipif(te.unavailable() is not None, reason=str(te.unavailable()))]
@@ -53,10 +55,10 @@ def gradients(values: Weights, steps: int) -> list[Weights]:
 def groups(values: Weights) -> tuple[Weights, list[dict[str, Any]]]:
     params = {k: torch.nn.Parameter(v.clone()) for k, v in values.items()}
     common = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-    tables = {"params": [params["table"]], "names": ["table"], **common, "master": False}
+    tables = {"params": [params["table"]], "param_names": ["table"], **common, "master": False}
     rest = [k for k in params if k != "table"]
-    empty = {"params": [], "names": [], **common, "master": True}  # as on a rank that owns none of a group
-    return params, [empty, {"params": [params[k] for k in rest], "names": rest, **common, "master": True}, tables]
+    empty = {"params": [], "param_names": [], **common, "master": True}  # as on a rank that owns none of a group
+    return params, [empty, {"params": [params[k] for k in rest], "param_names": rest, **common, "master": True}, tables]
 
 
 def run(params: Weights, opt: TEAdam | AdamW, grads: list[Weights]) -> None:
@@ -141,7 +143,7 @@ class TestFusedAdam:
         opt = TEAdam(made, choice)
         run(theirs, opt, grads)
         ours, made = groups(values)
-        own = AdamW(made, codec(as_ours))
+        own = AdamW(made, exp_avg=as_ours, exp_avg_sq=as_ours)
         run(ours, own, grads)
         for name, found in masters(theirs, opt).items():
             expected = own.state_tensors().get(f"{name}.master", ours[name].detach())
@@ -210,6 +212,76 @@ class TestFusedAdam:
             TEAdam(groups(start())[1], "te-fp8").load_state_tensors(saved, {})
         with pytest.raises(BadInput, match=r"lacks the optimizer state head\.remainder"):
             TEAdam(groups(start())[1], "te-remainders").load_state_tensors(saved, {})
+
+
+class FakeFusedAdam(torch.optim.Optimizer):
+    """As much of FusedAdam as its state and a step of nothing need: what `TEAdam` makes of it is seen without a GPU."""
+
+    def __init__(
+        self, parts: list[dict[str, Any]], master_weights: bool, store_param_remainders: bool, **dtypes: torch.dtype
+    ) -> None:
+        super().__init__(parts, {})
+        self.master_weights, self.store_param_remainders, self.dtypes = master_weights, store_param_remainders, dtypes
+
+    def initialize_state(self, p: Tensor, remainders: bool) -> None:
+        for key in ("exp_avg", "exp_avg_sq"):
+            self.state[p][key] = torch.zeros_like(p, dtype=self.dtypes[f"{key}_dtype"])
+        if self.master_weights:
+            kept = torch.zeros_like(p, dtype=torch.int16) if remainders else p.detach().float()
+            self.state[p]["master_param"] = kept
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("transformer_engine.pytorch.optimizers")
+    module.FusedAdam = FakeFusedAdam  # type: ignore[attr-defined]
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(te, "engine", lambda: None)
+
+
+def one_weight(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, list[dict[str, Any]]]:
+    p = torch.nn.Parameter(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).to(dtype))
+    common = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    return p, [{"params": [p], "param_names": ["w"], **common, "master": True}]
+
+
+def test_a_remainder_is_not_dropped_in_silence(fake_engine: None) -> None:
+    for kept, advice in (("bf16+8", "own"), ("bf16+16", "te-remainders")):
+        p, made = one_weight()
+        saved = AdamW(made, master=kept).state_tensors()
+        with pytest.raises(BadInput, match=rf"completes w by w\.remainder; resume with --adamw {advice}$"):
+            TEAdam(one_weight()[1], "te-fp32").load_state_tensors(saved, {"w": p.detach()})
+    with pytest.raises(BadInput, match=r"w\.remainder is torch\.int8 \(40, 3\), this run needs torch\.int16"):
+        TEAdam(one_weight()[1], "te-remainders").load_state_tensors(AdamW(one_weight()[1], master="bf16+8").state_tensors(), {})
+
+
+@pytest.mark.parametrize("choice", ["te-fp32", "te-bf16", "te-remainders"])
+@pytest.mark.parametrize("kept", ["fp32", "bf16+8", "bf16+16"])
+def test_its_state_goes_on_in_ours(choice: str, kept: str, fake_engine: None) -> None:
+    """Its remainders are ours: the low half of the master, and a bf16 weight that was rounded up where that is negative."""
+    p, made = one_weight()
+    theirs = TEAdam(made, choice)
+    for key, value in theirs.named_state().items():
+        generator = torch.Generator().manual_seed(1)
+        if value.dtype == torch.int16:
+            value.copy_(torch.randint(-(2**15), 2**15, value.shape, generator=generator))
+        elif not key.endswith("master"):
+            value.copy_(torch.rand(value.shape, generator=generator))
+    theirs.step()
+    ours_p, made = one_weight()
+    ours = AdamW(made, master=kept, exp_avg="fp32", exp_avg_sq="bf16")
+    ours.load_state_tensors(theirs.state_tensors(), {"w": p.detach()})
+    assert ours.steps == 1
+    assert torch.equal(ours.state_tensors()["w.exp_avg"], theirs.state_tensors()["w.exp_avg"].float())
+    state = ours.state_tensors()
+    whole = read_weight(ours_p.detach(), state.get("w.master", state.get("w.remainder")))
+    exact = masters({"w": p}, theirs)["w"]
+    assert ((whole - exact).abs() <= (2.0**-15 if kept == "bf16+8" else 0.0) * exact.abs()).all()
 
 
 @pytest.mark.parametrize("choice", THEIRS)

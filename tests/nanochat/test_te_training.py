@@ -48,7 +48,7 @@ def test_learned_norm_scales_are_parameters_of_their_own_group() -> None:
 
     with torch.device("meta"):
         model = GPT(SHAPE, te_precision(RECIPES["delayed"], norm_weight=True))
-    found = {group["name"]: group["names"] for group in groups(model, SHAPE, weight_decay=0.1)}
+    found = {group["name"]: group["param_names"] for group in groups(model, SHAPE, weight_decay=0.1)}
     assert len(found["norm_weights"]) == 2 + 2 * SHAPE.n_layer and "ln_f.norm_weight" in found["norm_weights"]
 
 

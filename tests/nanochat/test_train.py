@@ -228,7 +228,7 @@ def test_what_a_run_sets_for_the_process_is_put_back(config: TrainConfig, monkey
     before = (True, False, False, True, None)
     seen: list[tuple[object, ...]] = []
     assert settings() == before
-    monkeypatch.setattr(training.Run, "_update", update)
+    monkeypatch.setattr(training.Run, "_set_rates", update)
     with pytest.raises(RuntimeError, match="a bug"):
         train(config)
     assert seen[1] == (False, True, True, False, ":4096:8")

@@ -4,6 +4,7 @@ The wrappers of `nvfp8.kernels` run on CPU tensors of training's shapes and dtyp
 refuses shows here rather than on a rented machine. Prints the kernels' names and shared memory as JSON.
 """
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -50,6 +51,7 @@ def main() -> None:
 def call_everything() -> None:
     from nvfp8 import kernels
     from nvfp8.embedding import token_order
+    from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32):
         for width in (768, 1536):
@@ -79,10 +81,48 @@ def call_everything() -> None:
         kernels.scale_(logits, torch.ones(()))
         for rows, columns in ((768, 3072), (3072, 768)):  # scales by column, by row
             weights = [torch.zeros(rows, columns, dtype=dtype) for _ in range(2)]
-            state, x = torch.zeros(2, rows, columns), torch.zeros(2, rows, columns, dtype=torch.bfloat16)
-            scale = torch.ones(2, rows, 1) if rows > columns else torch.ones(2, 1, columns)
-            kernels.muon_nesterov_(weights, state, x, 0.1, 0.9)
-            kernels.muon_descend_(weights, None if dtype == torch.float32 else state, x, scale, 0.1, 0.1)
+            x, scale = torch.zeros(2, rows, columns), torch.ones(2, rows, 1) if rows > columns else torch.ones(2, 1, columns)
+            keys = [1, 2]
+            for name in STATE_DTYPES:
+                if name == "e4m3" and CAPABILITY < 89:  # no instruction converts it
+                    continue
+                momentum = codec(name).allocate(x.shape, "cpu", stacked=True)
+                kernels.muon_nesterov_(weights, *momentum, x.bfloat16(), 0.1, 0.9, keys)
+            kept = [None]
+            if dtype == torch.bfloat16:
+                kept += [torch.zeros_like(x, dtype=m.dtype) for m in MASTERS.values() if m.dtype is not None]
+            for beside in kept:
+                for computed in (torch.bfloat16, torch.float16):
+                    kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
+        if dtype == torch.bfloat16:
+            for computed in (torch.bfloat16, torch.float16):
+                x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)
+                for rows_first in (x, x.mT.contiguous().mT):
+                    kernels.symmetric_product_(rows_first, rows_first, gram)
+                kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
+    compile_adamw(kernels)
+
+
+def compile_adamw(kernels: Any) -> None:
+    """Every codec of each moment beside one of the other, every form of weights, with and without 16 dividing the size."""
+    from nvfp8.reference import AdamWTensor
+    from nvfp8.state import MASTERS, STATE_DTYPES, codec, master
+
+    def call(dtype: torch.dtype, gradient: torch.dtype, first: str, second: str, kept: str, size: int) -> None:
+        parameter = torch.zeros(size, dtype=dtype)
+        states = codec(first).allocate((size,), "cpu"), codec(second, second_moment=True).allocate((size,), "cpu")
+        rest = master(kept).allocate(parameter)
+        stochastic = kept != "fp32"
+        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, 1, stochastic)])
+
+    codecs = [name for name in STATE_DTYPES if name != "e4m3" or CAPABILITY >= 89]  # Triton has no E4M3 before
+    for first, second in {*itertools.product(codecs, codecs[-1:]), *itertools.product(codecs[-1:], codecs)}:
+        call(torch.bfloat16, torch.bfloat16, first, second, "bf16+8", 8192)
+    for kept in MASTERS:
+        call(torch.bfloat16, torch.float32, codecs[-1], codecs[-2], kept, 8192)
+    for size in (7, 8192):
+        call(torch.float32, torch.float32, "fp32", "fp32", "fp32", size)
+    call(torch.bfloat16, torch.float32, codecs[-1], codecs[-1], "bf16+8", 7)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,6 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     compiled = json.loads(result.stdout)
     sources = "".join(path.read_text() for path in (ROOT / "nvfp8" / "kernels").glob("*.py"))
-    launched = set(re.findall(r"^    (_\w+)\[", sources, re.MULTILINE))
+    launched = set(re.findall(r"^ +(_\w+)\[\S", sources, re.MULTILINE))
     assert launched and launched == compiled.keys()
     assert max(compiled.values()) <= SHARED_MEMORY[capability] * 1024

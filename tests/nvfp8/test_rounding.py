@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import rounding
-from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, to_grid, uniform
+from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, three, to_grid, uniform
 
 DTYPES = list(FORMATS)
 
@@ -18,8 +18,8 @@ def codes(dtype: torch.dtype) -> Tensor:
     return values[values.isfinite()].sort().values
 
 
-def noise(count: int, seed: int = 0) -> Tensor:
-    return uniform(random_bits(torch.arange(count), key(seed, 1, 2, 3)))
+def bits(count: int, seed: int = 0) -> Tensor:
+    return random_bits(torch.arange(count), key(seed, 1, 2, 3))
 
 
 def test_bits_are_uniform_and_independent_of_each_other() -> None:
@@ -51,27 +51,53 @@ def test_python_and_tensor_hash_alike() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_is_its_own_rounding(dtype: torch.dtype) -> None:
     values = codes(dtype)
-    for how in (None, torch.zeros_like(values), torch.full_like(values, 1 - 2**-24)):
+    for how in (None, torch.zeros_like(values).long(), torch.full_like(values, 2**32 - 1, dtype=torch.int64)):
         assert torch.equal(to_grid(values, dtype, how), values)
     roots = values.clamp_min(0)
-    assert torch.equal(to_grid(roots, dtype, torch.full_like(roots, 1 - 2**-24), squared=True), roots)
+    assert torch.equal(to_grid(roots, dtype, torch.full_like(roots, 2**32 - 1, dtype=torch.int64), squared=True), roots)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("squared", [False, True])
 def test_between_two_codes_the_mean_is_kept(dtype: torch.dtype, part: float, squared: bool) -> None:
-    values = codes(dtype).clamp_min(0).unique()
+    values = codes(dtype).clamp_min(0).unique()[1 if squared else 0 :]  # what is squared never falls to 0
     low, high = values[:-1], values[1:]
     between = (low + (high - low) * part)[:, None].expand(-1, 4000)
-    drawn = to_grid(between.flatten(), dtype, noise(between.numel()), squared).view_as(between)
+    drawn = to_grid(between.flatten(), dtype, bits(between.numel()), squared).view_as(between)
     assert ((drawn == low[:, None]) | (drawn == high[:, None])).all()
     power = 2 if squared else 1
     width = high.double() ** power - low.double() ** power
     error = (drawn.double() ** power).mean(1) - between[:, 0].double() ** power
     assert (error.abs() < 5 * width * 0.5 / math.sqrt(4000)).all()  # five standard deviations of a coin
-    signed = to_grid(-between.flatten(), dtype, noise(between.numel()), squared)
+    signed = to_grid(-between.flatten(), dtype, bits(between.numel()), squared)
     assert torch.equal(signed, -drawn.flatten())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_root_never_becomes_0_and_other_numbers_do(dtype: torch.dtype) -> None:
+    first = codes(dtype).clamp_min(0).unique()[1]
+    values = torch.cat((torch.logspace(-30, 0, 500) * first * 0.999, torch.zeros(1)))
+    for drawn in (torch.zeros(501).long(), torch.full((501,), 2**32 - 1)):
+        assert torch.equal(to_grid(values, dtype, drawn, squared=True) > 0, values > 0)
+    assert (to_grid(values, dtype, torch.zeros(501).long())[:400] == 0).all()
+    # Beside a value that holds the scale: its second moment is kept, however small, if fp32 can hold it.
+    block = torch.cat((torch.ones(1), torch.logspace(-30, 0, BLOCK - 1)))
+    assert (decode(*encode(block, dtype, bits(BLOCK), root=True), root=True) > 0).all()
+
+
+def test_one_draw_gives_three_that_are_pairwise_independent() -> None:
+    parts = three(random_bits(torch.arange(1 << 18), key(3, 0, 0, 0)))
+    for part in parts:
+        upper = part >> 16
+        assert upper.unique().numel() > 0.97 * 65536  # of 2^18 draws, 98.2 % of 2^16 values are expected
+        for position in range(16):
+            assert abs(float((upper >> position & 1).float().mean()) - 0.5) < 0.005
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        table = torch.zeros(64, 64)  # by their six upper bits: 64 a cell, ± 8
+        table.view(-1).index_add_(0, (parts[one] >> 26) * 64 + (parts[other] >> 26), torch.ones(1 << 18))
+        chi_squared = float((table - 64).square().sum() / 64)
+        assert abs(chi_squared - 4095) < 5 * (2 * 4095) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,7 +111,7 @@ def test_nearest_is_pytorchs_but_for_ties(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_stays_visible(dtype: torch.dtype) -> None:
     values = torch.ones(2 * BLOCK)
     values[3], values[BLOCK + 1] = torch.nan, torch.inf
-    stored, scale = encode(values, dtype, noise(len(values)), root=False)
+    stored, scale = encode(values, dtype, bits(len(values)), root=False)
     back = decode(stored, scale, root=False)
     assert not back[:BLOCK].isfinite().all() and not back[BLOCK:].isfinite().all()
 
@@ -106,7 +132,7 @@ BLOCKS = {
 @pytest.mark.parametrize("root", [False, True])
 def test_adversarial_blocks(name: str, dtype: torch.dtype, root: bool) -> None:
     value = BLOCKS[name]
-    stored, scale = encode(value, dtype, noise(len(value)), root)
+    stored, scale = encode(value, dtype, bits(len(value)), root)
     back = decode(stored, scale, root)
     assert back.isfinite().all() and len(scale) == -(-len(value) // BLOCK)
     smallest, mantissa, largest = FORMATS[dtype]
@@ -127,7 +153,7 @@ def ema(dtype: torch.dtype | None, beta: float, root: bool, stochastic: bool, st
     value[0] = 1.0
     for step in range(steps):
         if dtype is not None:
-            drawn = uniform(random_bits(torch.arange(BLOCK), key(0, step, 0, 0))) if stochastic else None
+            drawn = random_bits(torch.arange(BLOCK), key(0, step, 0, 0)) if stochastic else None
             value = decode(*encode(value, dtype, drawn, root), root)
         value[1:] *= beta
     return float(value[1:].mean() / (start * beta**steps))

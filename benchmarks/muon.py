@@ -1,0 +1,114 @@
+"""Polar Express by each kind of product, for each shape that Muon meets at a depth: milliseconds, TFLOP/s, singular values.
+
+    python -m benchmarks.muon [--depth 12 24] [--repeats 10]
+
+One table. A batch is as large as Muon's default workspace lets it be, and its time is scaled to all matrices of that shape. Every
+way gets the same matrix of each of two spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
+a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. A way is to be taken where its ms are fewer and its worst is no more than full's;
+`fastest_products` in `nvfp8/polar_express.py` is the place.
+"""
+
+import argparse
+import math
+import statistics
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from nanochat.errors import BadInput, Parser, run
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.param_groups import groups
+from nvfp8.polar_express import polar_express, room
+from nvfp8.precision import bf16
+
+WAYS = ("full", "half", "gram")
+WORKSPACE = 2**29  # Muon's default
+WARM = 2  # calls before the measured ones
+
+
+def arguments() -> argparse.Namespace:
+    """Parse flags and refuse what cannot be measured."""
+    parser = Parser("muon", description="Polar Express by each kind of product")
+    parser.add_argument("--depth", type=int, nargs="+", default=[12, 24])
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise BadInput("Polar Express is timed on a GPU, and torch finds no CUDA device")
+    if args.repeats < 1:
+        raise BadInput("--repeats must be at least 1")
+    return args
+
+
+def shapes(depth: int) -> Counter[tuple[int, int]]:
+    """How many matrices of each shape Muon has in a model of this depth."""
+    config = GPTConfig.from_depth(depth)
+    with torch.device("meta"):
+        model = GPT(config, bf16())
+    matrices = [p for group in groups(model, config, weight_decay=0.0) if group["kind"] == "muon" for p in group["params"]]
+    return Counter((p.shape[0], p.shape[1]) for p in matrices)
+
+
+def flops(rows: int, columns: int, products: str) -> float:
+    """Of one matrix, as the table in `nvfp8/polar_express.py` counts them."""
+    short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
+    return short**3 * {"full": 20 * k + 10, "half": 15 * k + 5, "gram": 6 * k + 14}[products]
+
+
+def milliseconds(x: Tensor, products: str, repeats: int) -> float:
+    """Median of one call on a copy of x; the copy is not timed."""
+    times = []
+    for _ in range(WARM + repeats):
+        given = x.clone()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        polar_express(given, products)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[WARM:])
+
+
+def spectra(rows: int, columns: int) -> Tensor:
+    """A Gaussian matrix and one whose singular values decay to 1e-4, each of norm 1/1.01: (2, rows, columns) bf16."""
+    torch.manual_seed(0)
+    short = min(rows, columns)
+    gaussian = torch.randn(rows, columns, device="cuda")
+    u, v = (torch.linalg.qr(torch.randn(n, short, device="cuda"))[0] for n in (rows, columns))
+    x = torch.stack((gaussian, u * torch.logspace(0, -4, short, device="cuda") @ v.mT))
+    return (x / (1.01 * x.norm(dim=(-2, -1), keepdim=True))).bfloat16()
+
+
+def accuracy(given: Tensor, exact: Tensor, values: Tensor, products: str) -> str:
+    """The deviations of both spectra from fp64, as cells of the table."""
+    ours = polar_express(given.clone(), products).double()
+    worst = (torch.linalg.svdvals(ours) - values).abs().amax(-1)
+    error = (ours - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
+    return " | ".join(f"{w:.4f}, {100 * e:.2f} %" for w, e in zip(worst.tolist(), error.tolist(), strict=True))
+
+
+def main() -> None:
+    """Parse flags, run, print."""
+    args = arguments()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("| depth | shape | products | ms, all | TFLOP/s | MiB a matrix | worst, error: Gaussian | decay to 1e-4 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for depth in args.depth:
+        for (rows, columns), count in sorted(shapes(depth).items(), reverse=True):
+            given = spectra(rows, columns)
+            exact = polar_express(given.double(), "full")
+            values = torch.linalg.svdvals(exact)
+            for products in WAYS:
+                matrix = room(rows, columns, torch.bfloat16, products)
+                batch = math.ceil(count / math.ceil(count / max(1, WORKSPACE // matrix)))
+                ms = milliseconds(given[:1].expand(batch, -1, -1), products, args.repeats) * count / batch
+                rate = count * flops(rows, columns, products) / ms / 1e9
+                print(
+                    f"| {depth} | {count} x {rows} x {columns} | {products} | {ms:.3f} | {rate:.1f} | {matrix / 2**20:.1f} "
+                    f"| {accuracy(given, exact, values, products)} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,200 @@
+"""AdamW's step for any number of tensors of one storage combination in one launch; every byte of state is touched once.
+
+Decoding, fp32 update, encoding and the weight's write happen in registers: no tensor is ever whole in fp32. What bounds it is
+memory, so nothing else may: the host pays for one upload a step and one launch a combination of dtypes, however many tensors.
+
+The upload is a table, a row of 96 bytes for each tensor, from pinned memory: its addresses, its size, its key for rounding and its
+factors. Gradients are new tensors every step, and schedules change the factors, so most of it is news anyway; and values
+from memory never compile anything anew, as arguments may. A second table stays on the device: which tensor and which block of
+4096 elements each program takes. It depends on sizes only.
+
+A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
+compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
+such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash an
+element serves both moments and the weight (`rounding.three`): with three, arithmetic would bound the kernel rather than memory.
+"""
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvfp8.kernels import rounding
+from nvfp8.reference_optim import AdamWTensor
+
+BLOCK = 4096  # elements a program
+_TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
+    torch.int8: tl.int8, torch.int16: tl.int16,
+}  # fmt: skip
+# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key and seven
+# fp32 factors, the last the root of the fourth: the table is read as each of the three types.
+_ROW = struct.Struct("<8qi7f")
+_WORDS = tl.constexpr(_ROW.size // 8)
+_KEY = tl.constexpr(16)  # their place in a row, counted in 4 bytes
+_FACTORS = tl.constexpr(17)
+
+
+@triton.jit
+def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(address).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _read(
+    addresses, at, size, block,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A moment's block in fp32, and the number next to 0 of each element's scale; `addresses` points at those of both."""
+    stored = tl.load(_pointer(addresses, TYPE, ALIGNED) + at, at < size, 0.0)
+    if FORMAT is None:
+        value = stored.to(tl.float32)
+        least = value
+    else:
+        ROWS: tl.constexpr = BLOCK // rounding.BLOCK
+        row = block * ROWS + tl.arange(0, ROWS)
+        scale = tl.load(_pointer(addresses + 1, tl.float32, False) + row, row * rounding.BLOCK < size, 0.0)
+        value = rounding.decode(stored, scale, ROWS, ROOT)
+        least = tl.reshape(tl.broadcast_to((scale * FORMAT[2])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
+    return value, least
+
+
+@triton.jit
+def _write(
+    addresses, value, at, size, block, bits,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store a moment's block; beyond the tensor's end `value` must be 0."""
+    if FORMAT is None:
+        if tl.bfloat16 == TYPE:
+            # By bits: the interpreter's casts to bf16 cut off.
+            bits, _ = rounding.split(value, rounding.nearest(value), 0)
+            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, bits.to(tl.int16), at < size)
+        else:
+            tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
+    else:
+        ROWS: tl.constexpr = BLOCK // rounding.BLOCK
+        on_grid, scale = rounding.encode(value, bits, ROWS, FORMAT, ROOT)
+        tl.store(_pointer(addresses, TYPE, ALIGNED) + at, on_grid.to(TYPE), at < size)
+        row = block * ROWS + tl.arange(0, ROWS)
+        tl.store(_pointer(addresses + 1, tl.float32, False) + row, scale, row * rounding.BLOCK < size)
+
+
+@triton.jit
+def _adamw(
+    TABLE, KEYS, FACTORS, BLOCKS,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
+    FIRST_FORMAT: tl.constexpr, SECOND_FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor = tl.load(BLOCKS + 2 * tl.program_id(0))
+    block = tl.load(BLOCKS + 2 * tl.program_id(0) + 1)
+    row = TABLE + tensor * _WORDS
+    factors = FACTORS + tensor * (2 * _WORDS) + _FACTORS
+    size = tl.load(row + 7).to(tl.int32)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    # Where nothing is rounded by them, the compiler drops them.
+    bits, for_first, for_second = rounding.three(rounding.random_bits(at, tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)))
+
+    g = tl.load(_pointer(row + 1, GRADIENT, ALIGNED) + at, mask, 0.0).to(tl.float32)
+    m, least = _read(row + 2, at, size, block, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
+    m += tl.load(factors) * (g - m)
+    v, _ = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+    v += tl.load(factors + 1) * (g * g - v)
+    if SECOND_FORMAT is None:
+        counted = v
+        if FIRST_FORMAT is not None:
+            counted = tl.maximum(v, least * least)
+        counted = tl.sqrt(counted * tl.load(factors + 3))
+    else:
+        v = tl.sqrt(v)  # what is stored
+        counted = v
+        if FIRST_FORMAT is not None:
+            counted = tl.maximum(v, least)
+        counted = counted * tl.load(factors + 6)
+    step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
+    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
+    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+
+    keep = tl.load(factors + 5)
+    if tl.float32 == PARAMETER:
+        weight = _pointer(row, tl.float32, ALIGNED) + at
+        tl.store(weight, tl.load(weight, mask, 0.0) * keep - step, mask)
+    else:
+        weight = _pointer(row, tl.int16, ALIGNED) + at  # bf16, as bits
+        EXTRA: tl.constexpr = 8 if tl.int8 == REST else 16 if tl.int16 == REST else 0
+        if REST is None:
+            stored = tl.load(weight, mask, 0)
+            value = rounding.join(stored, tl.zeros_like(stored), 0)
+        elif tl.float32 == REST:
+            value = tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0)
+        else:
+            value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
+        value = value * keep - step
+        if not STOCHASTIC:
+            bits = rounding.nearest(value)
+        top, remainder = rounding.split(value, bits, EXTRA)
+        tl.store(weight, top.to(tl.int16), mask)
+        if tl.float32 == REST:
+            tl.store(_pointer(row + 6, REST, ALIGNED) + at, value, mask)
+        elif EXTRA > 0:
+            tl.store(_pointer(row + 6, REST, ALIGNED) + at, remainder.to(REST), mask)
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(members: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """For each program the row of its tensor and its block there, (programs, 2) int32; `members` are rows and sizes."""
+    counts = torch.tensor([triton.cdiv(size, BLOCK) for _, size in members], device="cpu")
+    first = counts.cumsum(0) - counts
+    rows = torch.tensor([row for row, _ in members], device="cpu").repeat_interleave(counts)
+    blocks = torch.arange(len(rows), device="cpu") - first.repeat_interleave(counts)
+    return torch.stack((rows, blocks), 1).to(device, torch.int32)
+
+
+def adamw_(tensors: Sequence[AdamWTensor]) -> None:
+    """See `nvfp8.reference.adamw_`; all on one device, what is updated contiguous, in dtypes of `nvfp8.state`."""
+    rows, gradients = [], []  # a copy of a gradient must outlive the launch, and in this list it does
+    launches: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for row, t in enumerate(tensors):
+        plain = t.gradient if t.gradient.dtype in (torch.float32, torch.bfloat16) else t.gradient.float()
+        gradients.append(plain.contiguous())
+        size, moments = t.parameter.numel(), (*t.exp_avg, *t.exp_avg_sq)
+        assert size <= 2**31 - BLOCK, "inside a tensor, the kernel counts in int32"
+        assert all(x is None or x.is_contiguous() for x in (t.parameter, *moments, t.rest)), "adamw_ writes contiguous memory"
+        elements = (t.parameter, gradients[-1], t.exp_avg.data, t.exp_avg_sq.data, t.rest)
+        assert all(x is None or x.numel() == size for x in elements), "state and gradient have the parameter's elements"
+        addresses = [0 if x is None else x.data_ptr() for x in (*elements[:2], *moments, t.rest)]
+        # Scales are few: they are loaded one by one wherever they are.
+        aligned = not size % 16 and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
+        rows.append(_ROW.pack(*addresses, size, t.key, *t.factors, math.sqrt(t.factors[3])))
+        if size:
+            kinds = (*(None if x is None else x.dtype for x in elements), t.stochastic, aligned)
+            launches.setdefault(kinds, []).append((row, size))
+    if not launches:
+        return
+    device = tensors[0].parameter.device
+    assert all(t.parameter.device == device for t in tensors), "one launch is on one device"
+    table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
+    if device.type == "cuda":
+        table = table.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
+    table = table.to(device, non_blocking=True)
+    for (parameter, gradient, first, second, rest, stochastic, aligned), members in launches.items():
+        blocks = _blocks(tuple(members), device)
+        _adamw[(len(blocks),)](
+            table, table.view(torch.int32), table.view(torch.float32), blocks,
+            PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
+            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
+            SECOND_FORMAT=rounding.FORMATS.get(second),
+            STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip

@@ -1,0 +1,77 @@
+"""AdamW: fp32 math, each state stored as its codec says, all tensors of a step in one pass over memory.
+
+    m ← m + (1 - β₁)(g - m),   v ← v + (1 - β₂)(g² - v)
+    p ← p·(1 - lr·wd) - lr / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵗ)) + eps)
+
+Decoupled weight decay (arXiv 1711.05101), eps outside the root. What is read is widened to fp32, what is written is rounded once.
+Where m is FP8, √v counts as no less than m's smallest code (`nvfp8/reference_optim.py` says why).
+
+On a GPU that is one launch for each combination of storage (`nvfp8/kernels/adamw.py`), which reads g and reads and writes the
+rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 for a bf16+8 weight with both moments in FP8 and
+its gradient in bf16.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from nvfp8.ops import ops
+from nvfp8.optim.stored import StoredOptimizer, local
+from nvfp8.reference_optim import AdamWTensor
+from nvfp8.state import Master
+
+
+class AdamW(StoredOptimizer):
+    """AdamW for fp32 and bf16 parameters on one device, DTensors included."""
+
+    coded = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *, exp_avg_dtype: str = "fp32", exp_avg_sq_dtype: str = "fp32", master_weights: str = "fp32", stochastic: bool = True,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Allocate both moments of every parameter, as zeros, and what is kept beside bf16 ones.
+
+        Args:
+            params: as for any torch optimizer.
+            lr: learning rate.
+            betas: β₁, β₂.
+            eps: added to the root.
+            weight_decay: wd.
+            exp_avg_dtype: how m is stored, a key of `nvfp8.state.STATE_DTYPES`.
+            exp_avg_sq_dtype: how v is stored; in FP8 its root. bf16 is rounded to nearest: v freezes where β₂ is over 0.996.
+            master_weights: what is kept beside bf16 parameters, a key of `nvfp8.state.MASTERS`; fp32 ones are whole.
+            stochastic: round what is not kept of a bf16 parameter stochastically, or to nearest, which loses small updates.
+            seed: of stochastic rounding.
+
+        Raises:
+            ValueError: no format is called so, or a parameter is neither fp32 nor bf16, or not contiguous.
+        """
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "exp_avg_dtype": exp_avg_dtype,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weights": master_weights, "stochastic": stochastic,
+        }  # fmt: skip
+        super().__init__(params, defaults, seed)
+
+    def _allocate(self, group: dict[str, Any], kept: Master) -> None:
+        for p in group["params"]:
+            part = local(p)
+            moments = {what: self._codec(group, what).allocate(part.shape, part.device) for what in self.coded}
+            self._keep(p, moments, kept.allocate(part))
+
+    def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
+        tensors = [self._tensor(p, gradient) for p, gradient in given]
+        if tensors:
+            ops(tensors[0].parameter).adamw_(tensors)
+
+    def _tensor(self, p: Tensor, gradient: Tensor) -> AdamWTensor:
+        group = self._group_of[p]
+        beta1, beta2 = group["betas"]
+        lr, steps = float(group["lr"]), group["steps"]
+        factors = (
+            1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
+        )  # fmt: skip
+        first, second = (self._stored(p, what) for what in self.coded)
+        return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"])

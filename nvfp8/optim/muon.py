@@ -1,0 +1,187 @@
+"""Muon: momentum whose update is made nearly orthogonal, for every matrix of the blocks.
+
+Per matrix (r x c), the steps and where they come from:
+    momentum   m ← m + (1 - μ)(g - m),  x = g + μ(m - g)                      (Nesterov)
+    rows       each row of x scaled to the RMS row norm ‖x‖_F / √r            (arXiv 2603.28254)
+    polar      x / (1.01 ‖x‖_F + 1e-6), then five Polar Express steps         (arXiv 2505.16932)
+    norm       ‖x‖_F set to √min(r, c)                                        (arXiv 2602.21545)
+    NorMuon    each row (column if r < c) over the root of an EMA of its mean square, norm kept   (arXiv 2510.05491)
+    descend    w ← w - lr·(u + wd·w where u·w ≥ 0),  lr times √max(1, r/c)    (cautious, decoupled decay)
+
+All matrices of one shape go through Polar Express (`nvfp8/polar_express.py`) as one batch, in chunks that keep the workspace
+bounded. On either side of it stands one kernel that takes a whole chunk in one launch, gradients and weights where they are,
+through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more a parameter, and a call for each
+matrix made the host the slowest part of a d12 step (docs/log.md). What lies between and is not a GEMM works on row sums.
+
+Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace ("full" products):
+    momentum + Nesterov + cast, one kernel            g 4, x 2, and the momentum twice
+    row norms; rows scaled                            2; 2 + 2                   6
+    Polar Express                                     5 (X copied into the GEMM's output) x 4, the rest is GEMM   20
+    sums of squares for NorMuon                       2                          2
+    descend, one kernel                               x 2, and the weight twice
+    momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
+    weight                   fp32 4    bf16 beside an fp32 master 6 (written; read as 4)    bf16 2    bf16+8 3    bf16+16 4
+52 in all where all is fp32, 44 with an e4m3 momentum and bf16+8 weights. At d24 (680 M) that is 35 and 30 GB, 8.4 and 7.1 ms at
+4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). With bf16 gradients 2 bytes less.
+
+What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as
+e4m3 with bf16+8, 0.65 GiB as e4m3 with bf16. The workspace is bounded by 0.5 GiB, a quarter of what an FP8 momentum saves there
+(1.9 GiB). A chunk takes, for each matrix of d24, square and 1:4: by "full" and "half" products 18 and 45 MiB (28 and 11 matrices
+a chunk), by "gram" 27 and 54 MiB (18 and 9).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvfp8.ops import ops
+from nvfp8.optim.stored import StoredOptimizer
+from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.state import Master, Stored
+
+_MOMENTUM = 4  # what a key is for: a weight is rounded in a kernel of its own, by another one
+
+
+def _equilibrate_(x: Tensor) -> None:
+    """Scale the rows of each matrix of x (n, r, c) to equal norm and the whole to norm 1/1.01, in place."""
+    row_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (n, r, 1)
+    unit = 1 / row_norm.clamp_min(1e-6)
+    rms = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / math.sqrt(x.size(-2))  # (n, 1, 1)
+    norm = rms * torch.linalg.vector_norm(row_norm * unit, dim=-2, keepdim=True)  # of the scaled matrix
+    x.mul_(rms * unit / (1.01 * norm + 1e-6))
+
+
+def _normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """Update `second_moment` in place; return what x (n, r, c) is to be multiplied by, of second_moment's shape.
+
+    It holds the factor to norm √min(r, c) too. Both need no more of x than sums of squares over one axis.
+    """
+    axis = -1 if second_moment.size(-1) == 1 else -2
+    square = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).square()
+    to_norm = math.sqrt(min(x.shape[-2:])) / square.sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+    square = square * to_norm.square()
+    second_moment.lerp_(square / x.size(axis), 1 - beta2)
+    root = second_moment.clamp_min(1e-10).rsqrt()
+    before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    after = (square * root.square()).sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-10)
+    scale: Tensor = to_norm * root * (before / after)
+    return scale
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The matrices of one shape and dtype in one group, with their state in one buffer each, one slice a matrix."""
+
+    group: dict[str, Any]
+    params: list[Tensor]  # n of (r, c)
+    momentum: Stored  # (n, r, c), each matrix with its own blocks
+    second_moment: Tensor  # (n, r, 1), or (n, 1, c) where r < c; fp32
+    kept: Tensor | None  # (n, r, c) beside matrices stored lower than fp32
+
+
+class Muon(StoredOptimizer):
+    """Muon for fp32 and bf16 matrices on one device. Each is needed whole: a sharded one is refused."""
+
+    coded = ("momentum",)
+
+    def __init__(
+        self, params: Any, lr: float = 0.02, momentum: float = 0.95, beta2: float = 0.9, weight_decay: float = 0.0,
+        *, momentum_dtype: str = "fp32", master_weights: str = "fp32", compute_dtype: torch.dtype = torch.bfloat16,
+        workspace: int = 2**29, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Allocate the state of every matrix, as zeros, and what is kept beside bf16 ones.
+
+        Args:
+            params: as for any torch optimizer; matrices.
+            lr: learning rate, of which a matrix of r > c rows takes √(r/c).
+            momentum: μ.
+            beta2: of NorMuon's mean squares.
+            weight_decay: wd.
+            momentum_dtype: how the momentum is stored, a key of `nvfp8.state.STATE_DTYPES`.
+            master_weights: what is kept beside bf16 matrices, a key of `nvfp8.state.MASTERS`; fp32 ones are whole.
+            compute_dtype: of Polar Express: bf16, or fp32.
+            workspace: bytes that a chunk of matrices may take on top of the state; one matrix is always taken.
+            seed: of stochastic rounding; with the step and a matrix's name it says how an element is rounded.
+
+        Raises:
+            ValueError: no format is called so, or a parameter is no whole contiguous matrix in fp32 or bf16.
+        """
+        self.compute_dtype, self.workspace = compute_dtype, workspace
+        self._stacks: list[_Stack] = []
+        defaults = {
+            "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+        }  # fmt: skip
+        super().__init__(params, defaults, seed)
+
+    def _allocate(self, group: dict[str, Any], kept: Master) -> None:
+        """Sort a group's matrices by shape and allocate their state."""
+        by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.ndim != 2:
+                raise ValueError(f"Muon takes matrices, {self._names[p]} has shape {tuple(p.shape)}")
+            if hasattr(p, "placements"):
+                raise ValueError(
+                    f"Muon takes whole matrices, {self._names[p]} is a DTensor: keep it out of fully_shard, or give it to AdamW"
+                )
+            by_shape.setdefault((p.shape, p.dtype), []).append(p)
+        for ((r, c), _), params in by_shape.items():
+            n, device = len(params), params[0].device
+            momentum = self._codec(group, "momentum").allocate((n, r, c), device, stacked=True)
+            second_moment = torch.zeros((n, r, 1) if r >= c else (n, 1, c), dtype=torch.float32, device=device)
+            beside = [rest for rest in (kept.allocate(p.detach()) for p in params) if rest is not None]
+            stack = _Stack(group, params, momentum, second_moment, torch.stack(beside) if beside else None)
+            self._stacks.append(stack)
+            for i, p in enumerate(params):
+                scale = None if momentum.scale is None else momentum.scale[i]
+                self._keep(p, {"momentum": Stored(momentum.data[i], scale)}, None if stack.kept is None else stack.kept[i])
+                self.state[p]["second_moment"] = second_moment[i]
+
+    def parts(self) -> list[list[Tensor]]:
+        """The chunks of stacks that go through Polar Express together."""
+        return [
+            stack.params[i : i + size]
+            for stack in self._stacks
+            for size in (self._chunk(stack),)
+            for i in range(0, len(stack.params), size)
+        ]
+
+    def _chunk(self, stack: _Stack) -> int:
+        """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""
+        n, r, c = stack.momentum.data.shape
+        products = fastest_products(r, c, self.compute_dtype)
+        chunks = math.ceil(n / max(1, self.workspace // room(r, c, self.compute_dtype, products)))
+        return math.ceil(n / chunks)
+
+    def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
+        gradients = dict(given)
+        for stack in self._stacks:
+            n, size = len(stack.params), self._chunk(stack)
+            start = 0
+            while start < n:  # neighbours that have gradients, chunk by chunk
+                end = start
+                while end < min(n, start - start % size + size) and stack.params[end] in gradients:
+                    end += 1
+                if end > start:
+                    self._descend(stack, slice(start, end), [gradients[p] for p in stack.params[start:end]])
+                start = max(end, start + 1)
+
+    def _descend(self, stack: _Stack, part: slice, gradients: list[Tensor]) -> None:
+        """One step of the matrices `part` of a stack."""
+        group, params = stack.group, stack.params[part]
+        momentum, scales = (None if buffer is None else buffer[part] for buffer in stack.momentum)
+        assert momentum is not None
+        x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
+        passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
+        keys = None if scales is None else [self._key(p, _MOMENTUM) for p in params]
+        passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
+        _equilibrate_(x)
+        x = polar_express(x, fastest_products(r, c, self.compute_dtype))
+        scale = _normuon_scale(x, stack.second_moment[part], group["beta2"])
+        lr = float(group["lr"]) * math.sqrt(max(1, r / c))
+        kept = None if stack.kept is None else stack.kept[part]
+        keys = [self._key(p) for p in params] if params[0].dtype == torch.bfloat16 else None
+        passes.muon_descend_([p.detach() for p in params], kept, x, scale, lr, lr * group["weight_decay"], keys)

@@ -1,0 +1,137 @@
+"""Polar Express: a matrix's singular values brought near 1, its singular vectors kept, by matrix products alone.
+
+Five steps, each an odd polynomial of X (arXiv 2505.16932), with A = XXᵀ on the short side m of X (m × km):
+    X ← aX + (bA + cA²)X
+
+Three ways to compute the same five polynomials, in units of m³ floating-point operations and for d24's matrices in all:
+
+| products | a step | in all | k = 1 | k = 4 | d24, TFLOP |
+| --- | --- | --- | --- | --- | --- |
+| full | XXᵀ 2k, A² 2, (bA + cA²)X 2k | 20k + 10 | 30 | 90 | 26.1 |
+| half | symmetric products once: XXᵀ k, A² 1, then 2k | 15k + 5 | 20 | 65 | 18.3 |
+| gram | G² 1, PG 1, PGP 1, PQ 1; twice XXᵀ k and QX 2k | 6k + 14 | 20 | 38 | 13.6 |
+
+**full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
+error falls 2.5 to 5 times. **half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`).
+
+**gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P = aI + bG + cG² takes X to PX and G to PGP; P
+and G commute, so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded
+relative to its largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out
+negative, P grows it like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and one restart: Q is applied to X after three steps and G
+made anew. Later is too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the largest singular value in fp64;
+then of each way (products summed in fp32 and rounded once, computed on a CPU) the largest deviation of a singular value from
+fp64's, and ‖X − X₆₄‖ / ‖X₆₄‖:
+
+| spectrum before | largest, fp64 | full, bf16 | gram, restart after 2 | gram, restart after 3 |
+| --- | --- | --- | --- | --- |
+| Gaussian | 1.141 | 0.005, 0.9 % | 0.001, 0.1 % | 0.002, 0.2 % |
+| decay to 10⁻³ | 1.141 | 0.009, 3.8 % | 0.089, 6.0 % | 0.001, 0.5 % |
+| decay to 10⁻⁴ | 1.141 | 0.020, 4.8 % | 0.085, 6.7 % | 0.001, 0.5 % |
+| decay to 10⁻⁶ | 1.141 | 0.025, 6.3 % | 0.095, 8.0 % | 0.001, 0.6 % |
+| 48 equal, noise 10⁻² | 1.141 | 0.001, 2.9 % | 0.083, 2.8 % | 0.001, 0.5 % |
+| 48 equal, noise 10⁻³ | 1.105 | 0.008, 16 % | 0.081, 12 % | 0.003, 2.1 % |
+| 1/i | 1.141 | 0.001, 2.2 % | 0.043, 1.7 % | 0.006, 2.7 % |
+| all equal | 0.922 | 0.030, 2.2 % | 0.003, 0.3 % | 0.006, 0.6 % |
+
+(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nvfp8.ops import ops
+
+# (a, b, c) for 5 steps with safety factor 2e-2 and cushion 2 (arXiv 2505.16932)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+RESTART = 3  # steps of the Gram form before X follows
+# What X is multiplied by until then. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the diagonal, where fp16 has few
+# bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024, is far below 65504.
+LIFT = 32.0
+
+
+def fastest_products(rows: int, columns: int, dtype: torch.dtype) -> str:
+    """The way that Muon goes for a shape: "full", "half" or "gram".
+
+    "full" until `benchmarks/muon.py` has shown on a GPU where another is faster.
+    """
+    del rows, columns, dtype
+    return "full"
+
+
+def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
+    """Bytes that `polar_express` works in for one matrix, x itself included: two of X, and two or four of its Gram matrix."""
+    short = min(rows, columns)
+    return dtype.itemsize * (2 * rows * columns + (4 if products == "gram" else 2) * short * short)
+
+
+def polar_express(x: Tensor, products: str) -> Tensor:
+    """Return x (n, r, c), each of Frobenius norm at most 1, with all singular values brought near 1; overwrites x.
+
+    Args:
+        x: fp32 or bf16, computed in as it is; by "gram" bf16 becomes fp16.
+        products: "full", "half" or "gram".
+
+    Returns:
+        (n, r, c) in the dtype computed in.
+    """
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"full": _full, "half": _half, "gram": _gram}
+    return ways[products](x)
+
+
+def _full(x: Tensor) -> Tensor:
+    tall, other, (gram, poly) = x.size(-2) > x.size(-1), torch.empty_like(x), _squares(x, 2)
+    for a, b, c in POLAR_EXPRESS:
+        torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+        torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a, out=other)
+        x, other = other, x
+    return x
+
+
+def _half(x: Tensor) -> Tensor:
+    tall, other, (gram, poly) = x.size(-2) > x.size(-1), torch.empty_like(x), _squares(x, 2)
+    product = ops(x).symmetric_product_
+    for a, b, c in POLAR_EXPRESS:
+        rows = x.mT if tall else x
+        product(rows, rows, gram)
+        product(gram, gram, poly, alpha=c, c=gram, beta=b)
+        torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a, out=other)
+        x, other = other, x
+    return x
+
+
+def _gram(x: Tensor) -> Tensor:
+    tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
+    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+    x, other = torch.mul(x, lift, out=torch.empty_like(x, dtype=dtype)), x.view(dtype)
+    g, p, q, spare = _squares(x, 4)
+    for steps in (POLAR_EXPRESS[:RESTART], POLAR_EXPRESS[RESTART:]):
+        rows = x.mT if tall else x
+        product(rows, rows, g)  # lift² XXᵀ
+        for i, (a, b, c) in enumerate(steps):
+            product(g, g, p, alpha=c / lift**4, c=g, beta=b / lift**2, diagonal=a)
+            if i + 1 < len(steps):
+                product(p, g, spare)
+                product(spare, p, g)
+            if i == 0:
+                p, q = q, p
+            else:
+                product(p, q, spare)
+                q, spare = spare, q
+        torch.baddbmm(other, *((x, q) if tall else (q, x)), beta=0, alpha=1 / lift, out=other)
+        x, other, lift = other, x, 1.0
+    return x
+
+
+def _squares(x: Tensor, count: int) -> list[Tensor]:
+    """Room for `count` Gram matrices of each matrix of x (n, r, c), on the short side."""
+    short = min(x.shape[-2:])
+    return [x.new_empty(x.size(0), short, short) for _ in range(count)]

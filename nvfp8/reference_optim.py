@@ -1,0 +1,147 @@
+"""The twins of the optimizers' kernels; `nvfp8/reference.py` says what a twin is, and offers these beside its own.
+
+They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; every number is
+the same. What is rounded stochastically takes one key a matrix, and each element's position inside its matrix: neither the order
+of matrices in a stack nor the way a stack is cut into chunks changes a bit.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvfp8.rounding import draw, three
+from nvfp8.state import Stored, codec_of, read_weight, write_weight
+
+
+class AdamWTensor(NamedTuple):
+    """One tensor in one step of AdamW.
+
+    Attributes:
+        parameter: fp32 or bf16, contiguous.
+        gradient: any float, as many elements.
+        exp_avg: the first moment m, of the parameter's shape; the codec is known by the dtype.
+        exp_avg_sq: the second moment v; in FP8 its square root.
+        rest: what is kept beside the parameter, as `nvfp8.state.Master` says, or None.
+        factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
+        key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
+        stochastic: whether a bf16 parameter is, too, or to nearest.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
+    rest: Tensor | None
+    factors: tuple[float, float, float, float, float, float]
+    key: int
+    stochastic: bool
+
+
+def adamw_(tensors: Sequence[AdamWTensor]) -> None:
+    """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula.
+
+    Where m is FP8, √v counts as no less than the number next to 0 that m could have been stored as. An m far below it is rounded
+    up to it now and then, and beside a √v that is as small as the true m that would make a step of thousands of lr.
+    """
+    for t in tensors:
+        take1, take2, step_size, unbias2, eps, keep = t.factors
+        first, second = codec_of(t.exp_avg.data.dtype), codec_of(t.exp_avg_sq.data.dtype, second_moment=True)
+        g = t.gradient.reshape(t.parameter.shape).float()
+        m, least = first.decode(t.exp_avg), first.smallest(t.exp_avg)
+        m = m + take1 * (g - m)
+        v = second.decode(t.exp_avg_sq)
+        v = v + take2 * (g * g - v)
+        value = read_weight(t.parameter, t.rest)
+        if second.root:  # the root is at hand
+            root = v.sqrt() if least is None else torch.maximum(v.sqrt(), least)
+            root = root * math.sqrt(unbias2)
+        else:
+            root = ((v if least is None else torch.maximum(v, least * least)) * unbias2).sqrt()
+        value = value * keep - step_size * (m / (root + eps))
+        for_weight, for_first, for_second = three(draw(value, t.key))
+        first.encode_(t.exp_avg, m, for_first)
+        second.encode_(t.exp_avg_sq, v, for_second)
+        write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def muon_nesterov_(
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float, mu: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """Momentum of n matrices of one shape, and their Nesterov gradient: m ← m + take·(g − m), x = g + mu·(m − g).
+
+    x sees the momentum before it is rounded to be stored.
+
+    Args:
+        gradients: n of (r, c), any floats.
+        momentum: (n, r, c), in the dtype it is stored in; updated.
+        scales: (n, ⌈rc / 128⌉) fp32 where the momentum is FP8, else None; updated.
+        x: (n, r, c); written.
+        take: 1 − mu, exact.
+        mu: μ.
+        keys: n of 31 bits, for FP8.
+    """
+    assert scales is None or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    for i, (grad, stored, out) in enumerate(zip(gradients, momentum, x, strict=True)):
+        g = _wide(grad)
+        m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
+        m = m + take * (g - m)
+        if scales is None or keys is None:
+            stored.copy_(m)
+        else:
+            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, draw(m, keys[i]))
+        out.copy_(g + mu * (m - g))
+
+
+def muon_descend_(
+    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
+    keys: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """One step of n matrices along u = x·scale, decayed where u pulls the same way: w ← w − lr·u − lr_wd·w [u·w ≥ 0].
+
+    Args:
+        weights: n of (r, c), of one dtype; stepped.
+        kept: (n, r, c), what `nvfp8.state.Master` keeps beside bf16 weights: fp32 copies, int8 or int16 remainders. None: the
+            weights are all there is, and bf16 is rounded stochastically.
+        x: (n, r, c), as Polar Express left it.
+        scale: (n, r, 1) or (n, 1, c) fp32.
+        lr: learning rate.
+        lr_wd: learning rate times weight decay.
+        keys: n of 31 bits, for bf16 with int8 or nothing beside it.
+    """
+    drawn = weights[0].dtype == torch.bfloat16 and (kept is None or kept.dtype == torch.int8)
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    for i, weight in enumerate(weights):
+        beside = None if kept is None else kept[i]
+        w = weight if weight.dtype == torch.float64 else read_weight(weight, beside)
+        u = _wide(x[i]) * scale[i]
+        value = w - lr * u - lr_wd * w * (u * w >= 0)
+        write_weight(weight, beside, value, draw(value, keys[i]) if drawn and keys is not None else None)
+
+
+def symmetric_product_(
+    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0
+) -> None:
+    """Write α·a·bᵀ + β·c + δ·I, of which the caller knows that it is symmetric: the upper half counts.
+
+    Args:
+        a: (n, m, k), any strides.
+        b: (n, m, k), any strides; a itself, or such that a·bᵀ is symmetric (as for two symmetric matrices that commute).
+        out: (n, m, m); written, exactly symmetric. None of the operands.
+        alpha: α.
+        c: (n, m, m) symmetric, or None.
+        beta: β.
+        diagonal: δ.
+    """
+    value = alpha * (_wide(a) @ _wide(b).mT)
+    if c is not None:
+        value = value + beta * _wide(c)
+    value.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    out.copy_(value.triu() + value.triu(1).mT)

@@ -1,0 +1,191 @@
+"""Muon's kernels in every storage format, and symmetric products, against their twins.
+
+In the interpreter what is stored is the twin's exactly: its arithmetic is the twin's, and kernels round by integers, not by
+casts. A GPU fuses multiplications and additions, so a value near the border of two codes may fall to the other side.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvfp8 import reference
+from nvfp8.state import MASTERS, STATE_DTYPES, codec, master, read_weight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
+
+# A gate; odd and inside one scale block; odd over two programs' 4096; wide and of three programs
+STACKS = [(4, 1, 12), (3, 5, 7), (2, 67, 93), (2, 40, 272)]
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_same(ours: Tensor, twins: Tensor) -> None:
+    """The same numbers; on a GPU all but one in a thousand, and those by one code."""
+    if DEVICE == "cpu":
+        assert torch.equal(ours.float(), twins.float())  # zeros of either sign are one number
+        return
+    codes = [t.view(torch.int8 if t.element_size() == 1 else torch.int16) for t in (ours, twins)]
+    ours, twins = (torch.where(code < 0, -(code & torch.iinfo(code.dtype).max).int(), code.int()) for code in codes)  # in order
+    off = (ours - twins).abs()
+    assert (off > 0).sum() <= 1 + off.numel() // 1000 and off.max() <= 1
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_an_fp8_momentum_is_stored_as_the_twin_stores_it(shape: tuple[int, int, int], name: str) -> None:
+    n, keys = shape[0], list(range(7, 7 + shape[0]))
+    results = []
+    for function in (kernels.muon_nesterov_, reference.muon_nesterov_):
+        data, scale = codec(name).allocate((n + 2, *shape[1:]), DEVICE, stacked=True)
+        scale[[0, -1]], data.view(torch.uint8)[[0, -1]] = 3.0, 5
+        for step in range(3):  # from zeros, then decoding what was stored
+            x = torch.full(shape, torch.nan, device=DEVICE)
+            gradients = random(*shape, seed=step) * torch.logspace(-3, 3, shape[2], device=DEVICE)
+            function(gradients.unbind(), data[1:-1], scale[1:-1], x, 0.1, 0.9, [key + 100 * step for key in keys])
+        assert (scale[[0, -1]] == 3).all() and (data.view(torch.uint8)[[0, -1]] == 5).all(), "another chunk's is left alone"
+        results.append((data[1:-1], scale[1:-1], x))
+    assert_same(results[0][0], results[1][0])
+    assert (results[0][1] > 0).all()
+    for ours, twins in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(ours, twins, rtol=0 if DEVICE == "cpu" else 1e-6, atol=0 if DEVICE == "cpu" else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_keys_decide_how_a_momentum_is_rounded(name: str) -> None:
+    gradients = [random(40, 272, seed=1)] * 2  # one matrix twice
+    stored = []
+    for keys in ([1, 1], [1, 2]):
+        data, scale = codec(name).allocate((2, 40, 272), DEVICE, stacked=True)
+        kernels.muon_nesterov_(gradients, data, scale, torch.empty(2, 40, 272, device=DEVICE), 0.1, 0.9, keys)
+        stored.append(data.view(torch.uint8))
+    assert torch.equal(stored[0][0], stored[0][1]) and torch.equal(stored[0][0], stored[1][0])
+    assert (stored[1][0] != stored[1][1]).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("kept", MASTERS)
+@pytest.mark.parametrize("by_row", [True, False])
+def test_bf16_weights_and_what_is_kept_beside_them(shape: tuple[int, int, int], kept: str, by_row: bool) -> None:
+    n, r, c = shape
+    x, scale = random(*shape, seed=1), random(*((n, r, 1) if by_row else (n, 1, c)), seed=2)
+    keys = list(range(3, 3 + n))
+    results = []
+    for function in (kernels.muon_descend_, reference.muon_descend_):
+        weights = list(random(*shape, seed=3, dtype=torch.bfloat16).unbind())
+        beside = [master(kept).allocate(w) for w in weights]
+        buffer = None if beside[0] is None else torch.stack([beside[0], *beside, beside[0]])
+        inside = None if buffer is None else buffer[1:-1]
+        exact = [w.double() for w in weights]
+        for _ in range(3):
+            function(weights, inside, x, scale, 2.0**-9, 2.0**-12, keys)
+            reference.muon_descend_(exact, None, x.double(), scale.double(), 2.0**-9, 2.0**-12)
+        if buffer is not None:
+            assert torch.equal(buffer[0], beside[0]) and torch.equal(buffer[-1], beside[0]), "another chunk's is left alone"
+        wholes = [read_weight(w, None if inside is None else inside[i]) for i, w in enumerate(weights)]
+        for whole, truth in zip(wholes, exact, strict=True):
+            steps = 3 * {"fp32": 2.0**-22, "bf16": 2.0**-7, "bf16+8": 2.0**-15, "bf16+16": 2.0**-22}[kept]
+            assert ((whole - truth).abs() <= steps * (truth.abs() + 2.0**-6)).all()
+        results.append((torch.stack(weights), torch.stack(wholes)))
+    assert_same(results[0][0], results[1][0])
+    if DEVICE == "cpu":
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_the_kernels_refuse_what_they_would_get_wrong() -> None:
+    w, x = [random(4, 8, seed=1, dtype=torch.bfloat16)], random(1, 4, 8, seed=2)
+    scale = torch.ones(1, 4, 1, device=DEVICE)
+    data, scales = codec("e5m2").allocate((1, 4, 8), DEVICE, stacked=True)
+    for module in (kernels, reference):
+        with pytest.raises(AssertionError, match="needs a key"):
+            module.muon_descend_(w, None, x, scale, 0.1, 0.1)
+        with pytest.raises(AssertionError, match="needs a key"):
+            module.muon_nesterov_(w, data, scales, x, 0.1, 0.9)
+    with pytest.raises(AssertionError, match="an fp32 weight is whole"):
+        kernels.muon_descend_([x[0]], x, x, scale, 0.1, 0.1)
+
+
+# Rows: below a tile, exactly one, over one, over two; k: whole and broken steps
+SQUARES = [(2, 12, 20), (1, 128, 64), (2, 130, 33), (1, 300, 96)]
+
+
+@pytest.mark.parametrize("shape", SQUARES)
+@pytest.mark.parametrize("tall", [True, False])
+def test_a_matrix_times_itself(shape: tuple[int, int, int], tall: bool) -> None:
+    n, m, k = shape
+    x = random(n, k, m, seed=1).mT if tall else random(*shape, seed=1)
+    memory = torch.full((n + 2, m, m), torch.nan, device=DEVICE)
+    kernels.symmetric_product_(x, x, memory[1:-1])
+    truth = x.double() @ x.double().mT
+    assert memory[[0, -1]].isnan().all()
+    assert torch.equal(memory[1:-1], memory[1:-1].mT)
+    assert (memory[1:-1] - truth).norm() <= 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("shape", SQUARES)
+def test_a_polynomial_and_a_product_of_two_that_commute(shape: tuple[int, int, int]) -> None:
+    n, m, _ = shape
+    g = random(n, m, m, seed=1) / m**0.5
+    g = (g @ g.mT).contiguous()
+    outs = []
+    for module, operand in ((kernels, g), (reference, g), (reference, g.double())):
+        p, pg = (torch.full_like(operand, torch.nan) for _ in range(2))
+        module.symmetric_product_(operand, operand, p, alpha=0.5, c=operand, beta=-2.0, diagonal=4.0)
+        module.symmetric_product_(p, operand, pg, alpha=0.25)
+        assert torch.equal(p, p.mT) and torch.equal(pg, pg.mT)
+        outs.append((p, pg))
+    for ours, twins, truth in zip(*outs, strict=True):
+        assert (ours - truth).norm() <= 1.05 * (twins - truth).norm() + 1e-6 * truth.norm()
+    square = g.double() @ g.double()
+    eye = torch.eye(m, dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(outs[2][0], 0.5 * square - 2 * g.double() + 4 * eye)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tall", [True, False])
+def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bool) -> None:
+    x = random(3, *((1000, 392) if tall else (392, 1000)), seed=1, dtype=dtype) / 32
+    rows = x.mT if tall else x
+    gram = torch.full((3, 392, 392), torch.nan, device="cuda", dtype=dtype)
+    poly = torch.full_like(gram, torch.nan)
+    kernels.symmetric_product_(rows, rows, gram)
+    kernels.symmetric_product_(gram, gram, poly, alpha=0.5, c=gram, beta=-2.0, diagonal=4.0)
+    assert torch.equal(gram, gram.mT) and torch.equal(poly, poly.mT)
+    for ours, truth in (
+        (gram, rows.double() @ rows.double().mT),
+        (poly, 0.5 * gram.double() @ gram.double() - 2 * gram.double() + 4 * torch.eye(392, device="cuda")),
+    ):
+        assert (ours - truth).norm() <= 1.05 * (truth.to(dtype) - truth).norm()
+
+
+@pytest.mark.parametrize("name", STATE_DTYPES)
+@pytest.mark.parametrize("kept", [*MASTERS, "whole"])
+def test_every_pair_of_formats_follows_the_rule(name: str, kept: str) -> None:
+    """The twins, in all combinations, over ten steps: no further from fp64 than the formats' roundings add up to."""
+    shape, mu, lr = (2, 24, 40), 0.9, 2.0**-6
+    module, device = (kernels, DEVICE) if DEVICE == "cuda" else (reference, "cpu")
+    stored = codec(name).allocate(shape, device, stacked=True)
+    weights = list(random(*shape, seed=1, dtype=torch.float32 if kept == "whole" else torch.bfloat16).unbind())
+    beside = [None if kept == "whole" else master(kept).allocate(w) for w in weights]
+    buffer = None if beside[0] is None else torch.stack(beside)
+    m, exact = torch.zeros(shape, dtype=torch.float64, device=device), torch.stack(weights).double()
+    scale = torch.ones(2, 1, 40, device=device)
+    for step in range(10):
+        x, keys = torch.empty(shape, device=device), [2 * step, 2 * step + 1]
+        gradients = random(*shape, seed=100 + step)
+        module.muon_nesterov_(gradients.unbind(), *stored, x, 1 - mu, mu, keys)
+        module.muon_descend_(weights, buffer, x, scale, lr, 0.0, keys)
+        m = mu * m + (1 - mu) * gradients.double()
+        exact = exact - lr * ((1 - mu) * gradients.double() + mu * m)
+    # A code's step is at most 2^-mantissa of a value, rounded stochastically; errors of m add up to √(1/(1−μ²)) = 2.3 times one.
+    one = {"fp32": 2**-24, "bf16": 2**-9, "e4m3": 2**-4, "e5m2": 2**-3}[name]
+    decoded = torch.stack([codec(name).decode(type(stored)(*(s if s is None else s[i] for s in stored))) for i in range(2)])
+    assert (decoded - m).norm() <= 2.3 * one * m.norm()
+    wholes = torch.stack([read_weight(w, None if buffer is None else buffer[i]) for i, w in enumerate(weights)])
+    each = {"whole": 2**-23, "fp32": 2**-23, "bf16": 2**-8, "bf16+8": 2**-16, "bf16+16": 2**-23}[kept]
+    moved = (exact - random(*shape, seed=1).double()).norm()
+    assert (wholes - exact).norm() <= 10**0.5 * each * exact.norm() + 2.3 * one * moved

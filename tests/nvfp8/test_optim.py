@@ -1,0 +1,297 @@
+"""AdamW and Muon as torch optimizers on models that are not ours: a Transformer encoder of torch.nn, an MLP, FSDP2's shards."""
+
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nvfp8.optim import AdamW, Muon, UpdateEarly
+from nvfp8.optim.stored import StoredOptimizer
+from nvfp8.state import MASTERS, STATE_DTYPES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+FP8: dict[str, Any] = {"exp_avg_dtype": "e4m3", "exp_avg_sq_dtype": "e4m3", "master_weights": "bf16+8"}
+
+
+def encoder(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(DEVICE, dtype)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """Reproduce a rolled input: something that attention has to learn."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 6, 32, generator=generator).to(DEVICE, next(model.parameters()).dtype)
+    with sdpa_kernel(SDPBackend.MATH):  # others' backward may differ from run to run on a GPU
+        return nn.functional.mse_loss(model(x).float(), x.roll(1, 1).float())
+
+
+def train(model: nn.Module, optimizers: list[Any], steps: int, begin: int = 0) -> list[float]:
+    losses = []
+    for step in range(begin, begin + steps):
+        loss = loss_of(model, step)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def both(model: nn.Module, **formats: Any) -> list[StoredOptimizer]:
+    """Muon for matrices, AdamW for the rest."""
+    named = dict(model.named_parameters())
+    matrices = [(name, p) for name, p in named.items() if p.ndim == 2]
+    rest = [(name, p) for name, p in named.items() if p.ndim != 2]
+    muon = {key: value for key, value in formats.items() if not key.startswith("exp_avg")}
+    adamw = {key: value for key, value in formats.items() if key != "momentum_dtype"}
+    return [Muon(matrices, lr=0.01, compute_dtype=torch.float32, **muon), AdamW(rest, lr=3e-3, **adamw)]
+
+
+def test_in_fp32_it_is_torchs_adamw() -> None:
+    ours, theirs = encoder(), encoder()
+    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    one, other = AdamW(ours.parameters(), **options), torch.optim.AdamW(theirs.parameters(), **options)
+    for step in range(10):
+        other.zero_grad()
+        loss_of(theirs, step).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):  # a key's bias has no gradient but fp32's noise
+            p.grad = None if q.grad is None else q.grad.clone()
+        one.step()
+        other.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", MASTERS)
+def test_a_bf16_model_with_fp8_state_learns_as_an_fp32_one_does(kept: str) -> None:
+    plain, small = encoder(), encoder(torch.bfloat16)
+    whole = train(plain, [AdamW(plain.parameters(), lr=3e-3)], 60)
+    optimizer = AdamW(small.named_parameters(), lr=3e-3, **{**FP8, "master_weights": kept})
+    low = train(small, [optimizer], 60)
+    assert whole[-1] < 0.9 * whole[0]
+    assert sum(low[-10:]) == pytest.approx(sum(whole[-10:]), rel=0.05)
+    count = sum(p.numel() for p in small.parameters())
+    beside = {"fp32": 4, "bf16": 0, "bf16+8": 1, "bf16+16": 2}[kept]
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert held <= (2 * 1.05 + beside) * count + 8 * len(list(small.parameters()))
+
+
+def test_matrices_by_muon_the_rest_by_adamw() -> None:
+    plain, small = encoder(), encoder(torch.bfloat16)
+    whole = train(plain, both(plain), 40)
+    low = train(small, both(small, momentum_dtype="e4m3", **FP8), 40)
+    assert whole[-1] < 0.8 * whole[0]
+    assert sum(low[-10:]) == pytest.approx(sum(whole[-10:]), rel=0.1)
+
+
+FORMATS = [
+    {"exp_avg_dtype": a, "exp_avg_sq_dtype": b, "momentum_dtype": a, "master_weights": m}
+    for a, b, m in itertools.product(STATE_DTYPES, ("fp32", "e4m3"), MASTERS)
+]
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda formats: "-".join(formats.values()))
+def test_a_state_dict_survives_a_file_bit_for_bit(formats: dict[str, str]) -> None:
+    whole = encoder(torch.bfloat16)
+    optimizers = both(whole, **formats)
+    train(whole, optimizers, 2)
+    file = io.BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, file)
+    train(whole, optimizers, 2, begin=2)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = encoder(torch.bfloat16)
+    again.load_state_dict(saved["model"])
+    resumed = both(again, **formats)
+    for optimizer, state in zip(resumed, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    train(again, resumed, 2, begin=2)
+    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_dict_is_taken_into_other_formats_and_misfits_are_named() -> None:
+    model = encoder(torch.bfloat16)
+    optimizer = AdamW(model.named_parameters(), lr=3e-3, **FP8)
+    train(model, [optimizer], 3)
+    other = AdamW(model.named_parameters(), lr=1.0, master_weights="bf16+16", exp_avg_sq_dtype="bf16")
+    other.load_state_dict(optimizer.state_dict())
+    group = other.param_groups[0]
+    assert (group["lr"], group["steps"], group["exp_avg_sq_dtype"], group["master_weights"]) == (3e-3, 3, "bf16", "bf16+16")
+    p = next(model.parameters())
+    assert {key: value.dtype for key, value in other.state[p].items()} == {
+        "exp_avg": torch.float32, "exp_avg_sq": torch.bfloat16, "remainder": torch.int16
+    }  # fmt: skip
+    state = optimizer.state_dict()
+    del state["state"][0]["exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"^the state of layers\.0\.self_attn\.in_proj_weight lacks exp_avg_sq$"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="groups of other numbers or sizes"):
+        AdamW(list(model.parameters())[:3]).load_state_dict(optimizer.state_dict())
+
+
+def test_schedulers_set_its_rates() -> None:
+    model = nn.Linear(4, 4, device=DEVICE)
+    optimizer = AdamW(model.parameters(), lr=0.5, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    moved = []
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        model(torch.ones(1, 4, device=DEVICE)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        moved.append(float((model.weight.detach() - before).abs().mean()))
+    assert moved == pytest.approx([0.5, 0.25, 0.125], rel=1e-4)  # gradients of 1, always
+
+
+def test_a_compiled_model_sees_the_updates() -> None:
+    plain, compiled = encoder(), encoder()
+    run = torch.compile(compiled, backend="aot_eager")
+    one = train(plain, [AdamW(plain.parameters(), lr=3e-3)], 5)
+    other = train(run, [AdamW(run.parameters(), lr=3e-3)], 5)
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_parameter_without_gradient_is_left_alone_and_groups_may_come_later() -> None:
+    a, b, c = (nn.Parameter(torch.ones(6, 6, device=DEVICE)) for _ in range(3))
+    for optimizer in (AdamW([a, b], lr=0.1), Muon([a, b], lr=0.1, compute_dtype=torch.float32)):
+        for p in (a, b, c):
+            p.data.fill_(1)
+        optimizer.add_param_group({"params": [c], "lr": 0.2})
+        a.grad, b.grad, c.grad = None, torch.eye(6, device=DEVICE), torch.eye(6, device=DEVICE)
+        optimizer.step()
+        assert (a == 1).all() and not (b == 1).all()
+        assert float((c.detach() - 1).abs().max()) == pytest.approx(2 * float((b.detach() - 1).abs().max()), rel=0.02)
+
+
+def test_a_closure_is_run_with_gradients() -> None:
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+
+    def closure() -> Tensor:
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert float(AdamW([p]).step(closure).detach()) == 3.0
+    assert (p != 1).all()
+
+
+def test_what_cannot_be_updated_is_refused_by_name() -> None:
+    half, strided = nn.Parameter(torch.ones(4).half()), nn.Parameter(torch.ones(4, 6).t())
+    with pytest.raises(ValueError, match=r"^w is torch\.float16: weights must be fp32 or bf16$"):
+        AdamW([("w", half)])
+    with pytest.raises(ValueError, match=r"^0\.0 is not contiguous"):
+        AdamW([strided])
+    with pytest.raises(ValueError, match=r"^Muon takes matrices, w has shape \(4,\)$"):
+        Muon([("w", nn.Parameter(torch.ones(4)))])
+    with pytest.raises(ValueError, match=r"'fp9'.*fp32, bf16, e4m3, e5m2"):
+        AdamW([nn.Parameter(torch.ones(4))], exp_avg_dtype="fp9")
+    with pytest.raises(ValueError, match=r"bf16\+4.*bf16\+8"):
+        AdamW([nn.Parameter(torch.ones(4))], master_weights="bf16+4")
+    with pytest.raises(ValueError, match="two parameters are called 'w'"):
+        AdamW([("w", nn.Parameter(torch.ones(4))), ("w", nn.Parameter(torch.ones(4)))])
+
+
+# Early
+
+
+@pytest.mark.parametrize("formats", [{}, {"momentum_dtype": "e4m3", **FP8}])
+def test_updated_early_gradients_are_freed_and_nothing_else_changes(formats: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if formats else torch.float32
+    late, early = encoder(dtype), encoder(dtype)
+    train(late, both(late, **formats), 4)
+    optimizers = both(early, **formats)
+    update = UpdateEarly(optimizers, dict(early.named_parameters()))
+    held: list[int] = []
+    for p in early.parameters():  # called after ours
+        p.register_post_accumulate_grad_hook(lambda _: held.append(sum(q.grad is not None for q in early.parameters())))
+    for step in range(4):
+        loss = loss_of(early, step)
+        update.begin()
+        loss.backward()
+        norm = update.finish()
+        assert norm > 0 and update.bad is None and update.updated == len(list(early.parameters()))
+    for p, q in zip(late.parameters(), early.parameters(), strict=True):
+        assert torch.equal(p, q)
+    # Of 24 gradients those of Muon's stacks wait for the first layer's: two matrices of each of four shapes.
+    assert max(held) <= 5 and len(held) == 4 * len(list(early.parameters()))
+    update.remove()
+    loss_of(early, 5).backward()
+    assert all(p.grad is not None for p in early.parameters())
+
+
+def test_an_update_that_was_refused_whole_does_not_count() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(DEVICE)
+    optimizer = AdamW(model.named_parameters())
+    update = UpdateEarly([optimizer], dict(model.named_parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    update.begin()
+    (model(torch.ones(2, 4, device=DEVICE)) * torch.inf).sum().backward()
+    update.finish()
+    assert update.bad in ("1.bias", "1.weight") and update.updated == 0 and optimizer.param_groups[0]["steps"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+# FSDP2: the processes run this file as a script (see the end).
+
+
+def sharded(rank: int, out: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for name, formats in (("fp32", {}), ("fp8", FP8)):
+        model = encoder(torch.bfloat16 if formats else torch.float32)
+        for layer in model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = AdamW(model.named_parameters(), lr=3e-3, **formats)
+        losses = train(model, [optimizer], 4)
+        state = optimizer.state_dict()
+        again = AdamW(model.named_parameters(), lr=3e-3, **formats)
+        again.load_state_dict(state)
+        losses += train(model, [again], 2, begin=4)
+        weights = {key: value.full_tensor() for key, value in model.state_dict().items()}
+        torch.save({"losses": torch.tensor(losses), "weights": weights}, out / f"{name}{rank}.pt")
+    try:
+        Muon([(n, p) for n, p in model.named_parameters() if p.ndim == 2])
+    except ValueError as error:
+        (out / f"refused{rank}").write_text(str(error))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo and CPU tensors")
+def test_fsdp2_shards_train_as_the_whole_model_does(two_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for process in two_ranks(__file__, str(tmp_path)):
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    whole = encoder()
+    losses = train(whole, [AdamW(whole.named_parameters(), lr=3e-3)], 6)
+    small = encoder(torch.bfloat16)
+    low = train(small, [AdamW(small.named_parameters(), lr=3e-3, **FP8)], 6)
+    for rank in range(2):
+        plain, fp8 = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for name in ("fp32", "fp8"))
+        assert plain["losses"].tolist() == pytest.approx(losses, rel=1e-4)
+        assert fp8["losses"].tolist() == pytest.approx(low, rel=0.02)
+        for name, weight in whole.state_dict().items():
+            if "in_proj_bias" not in name:  # a key's bias has no gradient but fp32's noise
+                torch.testing.assert_close(plain["weights"][name], weight, rtol=1e-3, atol=1e-4)
+        assert "is a DTensor: keep it out of fully_shard, or give it to AdamW" in (tmp_path / f"refused{rank}").read_text()
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    sharded(dist.get_rank(), Path(sys.argv[1]))
+    dist.destroy_process_group()
