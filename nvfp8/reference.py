@@ -15,6 +15,7 @@ from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
 from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
+from nvfp8.rounding import draw, split
 
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23
@@ -38,6 +39,29 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
     rstd = (wide.square().mean(-1) + NORM_EPS).rsqrt()
     return (wide * rstd[..., None]).to(x.dtype), rstd
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """Add a branch to the residual stream; a bf16 stream is rounded stochastically.
+
+    Rounded to nearest, a branch below half of the stream's last bit would leave every element as it was. The random bits are a
+    hash of an element's place.
+
+    Args:
+        stream: (..., D).
+        branch: (..., D).
+
+    Returns:
+        (..., D) in the stream's dtype.
+    """
+    wide = _wide(stream) + _wide(branch)
+    return split(wide, None, draw(wide, 0))[0] if stream.dtype == torch.bfloat16 else wide.to(stream.dtype)
+
+
+def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`add`, and the norm of the sum as it was rounded: x (..., D), x̂ (..., D), 1/rms (...)."""
+    x = add(stream, branch)
+    return x, *norm_forward(x)
 
 
 def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
 from nvfp8.kernels.norm import (
+    add,
+    add_norm_forward,
     mix_backward,
     mix_forward,
     mix_norm_backward,
@@ -17,6 +19,8 @@ from nvfp8.kernels.symmetric import symmetric_product_
 
 __all__ = [
     "adamw_",
+    "add",
+    "add_norm_forward",
     "add_rows_",
     "heads_backward",
     "heads_forward",

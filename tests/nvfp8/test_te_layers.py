@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvfp8 import te
+from nvfp8.layers import Pending
 from nvfp8.precision import Precision, TEPrecision, bf16, fp32
 from nvfp8.precision import te as te_precision
 from nvfp8.recipe import RECIPES, recipe
@@ -64,7 +65,7 @@ def run(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
     stream, x0, head, qkv = made["qkv"](made["norm"](x), x0, lambdas, 12)
     q, k, v = qkv.split(WIDTH, -1)
     mixed = q + v * head.mean(-1, keepdim=True).sigmoid() + k
-    x = made["mlp"](made["c_proj"](mixed, add_to=stream), settle=False)
+    x = made["mlp"](Pending(stream, made["c_proj"](mixed)), settle=False)
     # Once more in front of the next block, which adds what the MLP left pending.
     stream, x0, _, projected = made["next"](x, x0, lambdas, 12)
     out = stream + 0.1 * projected + 0.1 * x0
