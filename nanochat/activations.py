@@ -187,7 +187,7 @@ def _before(batch: MicroBatch, layer: int) -> float:
 
 
 def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
-    """`nvfp8.layers`. NormLinear keeps the branch it is handed; the stream it is handed is what the MLP of the block before keeps."""
+    """`nvfp8.layers`. NormLinear keeps the branch it is handed; the stream it is handed is what the MLP before it keeps."""
     x, tokens = batch.x, batch.tokens
     matrix = 4 * batch.shape.n_embd**2
     cast = 0 if precision.matrix_dtype == precision.compute_dtype else matrix * batch.itemsize
@@ -229,6 +229,7 @@ def _fused(precision: TEPrecision, batch: MicroBatch, layer: int) -> Block:
     matrix = 4 * batch.shape.n_embd**2 * 2
     outer = {"gradients of the stream and of the middle": 2 * x, "MLP: its gradient in FP8, both layouts": 2 * small}
     transposed = 0 if both else 4 * small
+    relu = "relu² in FP8" + (", both layouts" if both else "")
     return Block(
         _rope_and_attention(batch, layer)
         | {
@@ -241,7 +242,7 @@ def _fused(precision: TEPrecision, batch: MicroBatch, layer: int) -> Block:
             "the MLP's input": x,
             "the MLP's x̂ in FP8, both layouts": 2 * small,
             "c_fc's output": 4 * x,
-            "relu² in FP8" + (", both layouts" if both else ""): (8 if both else 4) * small,
+            relu: (8 if both else 4) * small,
             "1/rms of the MLP's input": batch.tokens * 4,
         },
         (
@@ -257,7 +258,7 @@ def _fused(precision: TEPrecision, batch: MicroBatch, layer: int) -> Block:
                 "MLP: gradient of relu²": 4 * x,
                 "MLP: gradient of the hidden layer in bf16": 0 if in_one else 4 * x,
                 "MLP: the same in FP8, both layouts": 8 * small,
-                "MLP: relu² released": -(8 if both else 4) * small,
+                relu: -(8 if both else 4) * small,
                 "MLP: gradient of c_proj": matrix,
             },
         ),
@@ -290,7 +291,7 @@ def _separate(precision: TEPrecision, batch: MicroBatch, layer: int) -> Block:
             {
                 "gradients of the stream and of the middle": 2 * x,
                 "MLP: gradients of relu² and relu, and a product between": 12 * x,
-                "MLP: relu² in FP8 released": -4 * small,
+                "relu² in FP8": -4 * small,  # c_proj is done with it
                 "MLP: gradient of c_proj": matrix,
             },
         ),

@@ -21,6 +21,7 @@ allocator reserves and cannot use (`nanochat/planner.py` adds both before it say
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ from nvfp8.precision import Precision, TEPrecision
 
 GIB = 2**30
 # torch's cuBLAS workspace, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8 of
-# 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CUDABlas.cpp). One stream, one handle.
+# 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CublasHandlePool.cpp). One stream, one handle.
 _CUBLAS = {True: 32 * 2**20, False: 2 * 2**22 + 8 * 2**14}
 # Transformer Engine's own (`cpp_extensions/gemm.py`, get_cublas_workspace_size_bytes).
 _TE_CUBLAS = {True: 32 * 2**20 + 1024, False: 2**22}
@@ -179,17 +180,25 @@ class Counted:
         return 2 * one * quantized
 
     def workspace(self) -> Bytes:
-        """What Muon works in: its largest chunk (`nvfp8/optim/muon.py`)."""
-        dtype, largest = self.setup.precision.compute_dtype, 0
-        shapes: dict[torch.Size, int] = {}
-        for group in self.muon.param_groups:
-            for p in group["params"]:
-                shapes[p.shape] = shapes.get(p.shape, 0) + 1
+        """What Muon works in: its largest chunk."""
+        return {"Muon's workspace": max((size for _, size in self._chunks()), default=0)}
+
+    def early(self) -> Bytes:
+        """What an update in the middle of backward needs: gradients of one chunk of every shape, and the workspace."""
+        matrices = sum(p.numel() for group in self.muon.param_groups for p in group["params"])
+        part = sum(elements for elements, _ in self._chunks()) / matrices
+        return {"gradients: matrices": part * self.gradients()["gradients: matrices"], **self.workspace()}
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Of every shape the elements that Muon takes at once, and the bytes it works in then (`nvfp8/optim/muon.py`)."""
+        dtype = self.setup.precision.compute_dtype
+        shapes = Counter(p.shape for group in self.muon.param_groups for p in group["params"])
+        found = []
         for (rows, columns), count in shapes.items():
             one = room(rows, columns, dtype, fastest_products(rows, columns, dtype))
-            chunks = math.ceil(count / max(1, self.muon.workspace // one))
-            largest = max(largest, math.ceil(count / chunks) * one)
-        return {"Muon's workspace": largest}
+            size = math.ceil(count / math.ceil(count / max(1, self.muon.workspace // one)))
+            found.append((size * rows * columns, size * one))
+        return found
 
 
 def _in_engine(name: str) -> bool:
@@ -231,13 +240,13 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     head = activations.head(precision, batch)
     lasting, gradients = counted.lasting(), counted.gradients()
     summed = gradients if setup.accumulation > 1 else {}
-    late = gradients if not setup.update_early else counted.tables_gradients()
+    late = gradients if not setup.update_early else _sum(counted.tables_gradients(), counted.early())
     moments = {
         head.moment: _sum(ends, *halves, summed, head.working),
         "backward of the last attention": _sum(
             ends, *first_halves, *(b.mlp for b in blocks[:-1]), summed, activations.after_attention(batch)
         ),
-        "the optimizer's step": _sum(late, counted.workspace()),
+        "the optimizer's step": late if setup.update_early else _sum(late, counted.workspace()),
     }
     worst = max(last.mlp_backward, key=lambda working: sum(working.values()))
     moments["backward of the last MLP"] = _sum(ends, *halves, summed, worst)
