@@ -107,7 +107,9 @@ def test_gradients_of_one_micro_batch_come_with_backward() -> None:
     whole, parts = (predict(setup(24, 16, bf16(), accumulation=n)) for n in (1, 8))
     assert whole.total == pytest.approx(parts.total - sum(Counted(setup(24, 1, bf16())).gradients().values()))
     early = predict(setup(24, 1, bf16(), accumulation=1, update_early=True))
-    assert early.total < predict(setup(24, 1, bf16(), accumulation=1)).total - 2 * GIB
+    assert (
+        early.total < predict(setup(24, 1, bf16(), accumulation=1)).total - 1.5 * GIB
+    )  # of 2.5 of the matrices, and the head's 0.2
 
 
 def test_own_layers_keep_what_autograd_says_they_keep() -> None:
