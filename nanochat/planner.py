@@ -249,20 +249,23 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
     ]
     for row in rows:
         lines.append(_line(row, known, total))
-    lines += ["", "MEASURED, the same setups (docs/results.md)"]
+    lines += ["", f"MEASURED, the same setups, {roofline.MICRO_BATCHES} micro-batches a step (docs/results.md)"]
     made = [row for row in rows if row.measured is not None]
     for row in made:
         assert row.measured is not None
         m = row.measured
-        errors = row.memory.total / GIB / m.gib - 1, (row.tokens_per_second or 0) / m.tokens_per_second - 1
+        micro, step = row.time
+        seconds = roofline.MICRO_BATCHES * sum(micro.values()) + sum(step.values())
+        rate = row.rows * config.max_seq_len * roofline.MICRO_BATCHES / seconds
+        errors = row.memory.total / GIB / m.gib - 1, rate / m.tokens_per_second - 1
         error = f"commit {m.commit}; the predictions err by {errors[0]:+.1%} and {errors[1]:+.1%}"
         lines.append(f"{m.label:<30}{m.rows:>6}{'':>9}{m.gib:>8.2f}{m.tokens_per_second:>10,}  {error}")
     if not made:
         lines.append("none: no run of these setups was made")
     if known.shared and (config.depth, config.window_pattern) == (24, "SSSL"):
         lines.append(f"by others: karpathy/nanochat in its own FP8, {roofline.PUBLISHED_SPARK:,} tok/s")
-    for row in rows:
-        lines += ["", f"{row.choice.label}, {row.rows} rows: memory, GiB (predicted)", *row.memory.table(), *_times(row)]
+    lines += ["", *_side_by_side("memory, GiB, predicted", rows, [_memory(row) for row in rows], 2)]
+    lines += ["", *_side_by_side("time of a step, ms, predicted", rows, [_times(row) for row in rows], 1)]
     return [*lines, "", *_notes(known, rows)]
 
 
@@ -287,19 +290,40 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _times(row: Row) -> list[str]:
+def _side_by_side(title: str, rows: list[Row], columns: list[dict[str, float]], digits: int) -> list[str]:
+    """A table of what adds up, one column a row of the plan; what is next to nothing in all of them in one line."""
+    names = list(dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column))
+    small = [name for name in names if all(column.get(name, 0) < 0.5 * 10**-digits for column in columns)]
+    shown: dict[str, list[float]] = {name: [column.get(name, 0) for column in columns] for name in names if name not in small}
+    if small:
+        shown[f"{len(small)} smaller ones"] = [sum(column.get(name, 0) for name in small) for column in columns]
+    shown["in all"] = [sum(column.values()) for column in columns]
+    width = max(len(name) for name in (*shown, title)) + 2
+    heads = [[*row.choice.label.split(", "), f"{row.rows} rows"] for row in rows]
+    deep = max(map(len, heads))
+    above = [[""] * (deep - len(head)) + head for head in heads]
+    lines = [f"{title * (i == deep - 1):<{width}}" + "".join(f"{head[i]:>16}" for head in above) for i in range(deep)]
+    for name, values in shown.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{f'{value:,.{digits}f}' if value else '-':>16}" for value in values))
+    return lines
+
+
+def _memory(row: Row) -> dict[str, float]:
+    return {what: size / GIB for what, size in row.memory.lines.items()}
+
+
+def _times(row: Row) -> dict[str, float]:
+    """Milliseconds of a step, all its micro-batches together."""
     micro, step = row.time
-    families = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in micro.items() if value)
-    update = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in step.items())
-    return [
-        f"time of a micro-batch, ms (predicted): {families}; {row.plan.accumulation} micro-batches a step",
-        f"time of the optimizers, ms (predicted): {update}",
-    ]
+    return {name: 1e3 * row.plan.accumulation * value for name, value in micro.items()} | {
+        f"optimizers: {name}": 1e3 * value for name, value in step.items()
+    }
 
 
 def _notes(known: Peaks, rows: list[Row]) -> list[str]:
     notes = [
-        "Memory is counted; over 14 measured runs on an H100 it errs by 0.6 % at most. Of bf16 and te alone was anything measured.",
+        "The peaks: " + "; ".join(f"{row.choice.label}: {row.memory.moment}" for row in rows) + ".",
+        "Memory is counted; beside 18 measured runs on an H100 it errs by 0.6 % at most; on other chips nothing was measured.",
         "Time takes efficiencies measured on an H100 as parts of this GPU's peaks: within 4 % of 10 runs there, which it is partly",
         "made from; on other GPUs a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",
         "kWh: the board at its power limit, the rest of the machine not counted. At most: rows of any number that fit.",

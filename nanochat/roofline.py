@@ -128,19 +128,22 @@ def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, f
         done: of `work`.
         peaks: of the device.
         precision: what it computes in; its recipe says how fast its GEMMs are.
+
+    Raises:
+        ValueError: the device has no units for its GEMMs.
     """
-    micro = {
+    micro = {}
+    if isinstance(precision, TEPrecision) and done.fp8:
+        scaling = precision.recipe.fprop.left.scaling
+        name, peak = ("FP4 GEMMs", peaks.fp4) if scaling == "nv16" else ("FP8 GEMMs", peaks.fp8)
+        if peak is None:
+            raise ValueError(f"recipe {precision.recipe.name} on a device without units for it")
+        micro[name] = done.fp8 * _SLOWER.get(scaling, 1.0) / (peak * EFFICIENCY["FP8 GEMMs"])
+    micro |= {
         "bf16 GEMMs": done.bf16 / (peaks.bf16 * EFFICIENCY["bf16 GEMMs"]),
         "attention": done.attention / (peaks.bf16 * EFFICIENCY["attention"]),
         "norms, casts, losses, sums": done.moved / (peaks.bandwidth * EFFICIENCY["bytes"]),
     }
-    if isinstance(precision, TEPrecision) and done.fp8:
-        scaling = precision.recipe.fprop.left.scaling
-        peak = peaks.fp4 if scaling == "nv16" else peaks.fp8
-        assert peak is not None, "the planner asks for recipes that the device has"
-        micro["FP4 GEMMs" if scaling == "nv16" else "FP8 GEMMs"] = (
-            done.fp8 * _SLOWER.get(scaling, 1.0) / (peak * EFFICIENCY["FP8 GEMMs"])
-        )
     step = {
         "Muon's products": done.polar / (peaks.bf16 * EFFICIENCY["polar"]),
         "states and weights": done.updated / (peaks.bandwidth * EFFICIENCY["bytes"]),
@@ -179,6 +182,7 @@ class Measured:
     commit: str
 
 
+MICRO_BATCHES = 8  # a step, of all of these
 _H100 = "NVIDIA H100 80GB HBM3"
 MEASURED = (
     Measured(_H100, 12, 32, "L", "bf16", 542_304, 15.17, "48cd68f"),

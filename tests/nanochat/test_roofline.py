@@ -4,7 +4,18 @@ import pytest
 
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted, Setup
-from nanochat.roofline import EFFICIENCY, KEYS_MORE, MEASURED, PUBLISHED_SPARK, Measured, keys, seconds, tokens_per_second, work
+from nanochat.roofline import (
+    EFFICIENCY,
+    KEYS_MORE,
+    MEASURED,
+    MICRO_BATCHES,
+    PUBLISHED_SPARK,
+    Measured,
+    keys,
+    seconds,
+    tokens_per_second,
+    work,
+)
 from nvfp8.hardware import peaks
 from nvfp8.precision import Precision, bf16, te
 from nvfp8.recipe import recipe
@@ -26,7 +37,7 @@ def counted(depth: int, window: str, label: str, rows: int) -> Counted:
 def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> None:
     device, what = peaks(run.device), counted(run.depth, run.window, run.label, run.rows)
     assert device is not None
-    rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, 8)
+    rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, MICRO_BATCHES)
     assert rate == pytest.approx(run.tokens_per_second, rel=0.15)
     assert rate == pytest.approx(run.tokens_per_second, rel=0.04)  # what the planner's notes say
 
