@@ -28,6 +28,7 @@ CONTEXT = 1.0 * GIB
 UNUSABLE = 0.03
 SYSTEM = 8.0 * GIB
 DEEPEST = 256
+LAUNCHES = 1e-3  # seconds: about 100 kernels of a block, forward and backward, at 10 µs each for an eager Python
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Row:
         time: of a micro-batch and of the optimizers, seconds by family.
         depth: the largest of this shape whose step fits with one row.
         measured: a run of just this, if one was made.
+        layers: blocks of the model.
     """
 
     choice: Choice
@@ -72,6 +74,7 @@ class Row:
     time: tuple[dict[str, float], dict[str, float]]
     depth: int
     measured: roofline.Measured | None
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     time = roofline.seconds(done, where.peaks, wanted.precision)
     depth = _deepest(lambda depth: predict(replace(setup, shape=_shape(config, depth, vocab_size))).total <= where.usable)
     made = _measured(where, config, shape, wanted, chosen)
-    return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, made)
+    return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, made, shape.n_layer)
 
 
 def _powers(largest: int) -> Iterator[int]:
@@ -245,7 +248,7 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
         f"room for tensors: {where.usable / GIB:.1f} GiB (assumed: {_reserve(known)})",
         "",
         "PREDICTED, one GPU",
-        f"{'':<30}{'rows':>6}{'at most':>9}{'GiB':>8}{'tok/s':>10}{'days':>8}{'kWh':>8}{'largest depth':>15}",
+        f"{'':<30}{'rows':>6}{'at most':>9}{'GiB':>10}{'tok/s':>12}{'days':>10}{'kWh':>9}{'largest depth':>15}",
     ]
     for row in rows:
         lines.append(_line(row, known, total))
@@ -259,7 +262,7 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
         rate = row.rows * config.max_seq_len * roofline.MICRO_BATCHES / seconds
         errors = row.memory.total / GIB / m.gib - 1, rate / m.tokens_per_second - 1
         error = f"commit {m.commit}; the predictions err by {errors[0]:+.1%} and {errors[1]:+.1%}"
-        lines.append(f"{m.label:<30}{m.rows:>6}{'':>9}{m.gib:>8.2f}{m.tokens_per_second:>10,}  {error}")
+        lines.append(f"{m.label:<30}{m.rows:>6}{'':>9}{m.gib:>10.2f}{m.tokens_per_second:>12,}  {error}")
     if not made:
         lines.append("none: no run of these setups was made")
     if known.shared and (config.depth, config.window_pattern) == (24, "SSSL"):
@@ -275,11 +278,11 @@ def _reserve(known: Peaks) -> str:
 
 
 def _line(row: Row, known: Peaks, total: float) -> str:
-    line = f"{row.choice.label:<30}{row.rows:>6}{row.any_rows:>9}{row.memory.total / GIB:>8.2f}"
+    line = f"{row.choice.label:<30}{row.rows:>6}{row.any_rows:>9}{row.memory.total / GIB:>10.2f}"
     if row.tokens_per_second is None:
-        return line + f"{'does not fit':>26}{_depth(row):>15}"
+        return line + f"{'does not fit':>31}{_depth(row):>15}"
     days = total / row.tokens_per_second / 86400
-    return line + f"{row.tokens_per_second:>10,.0f}{_short(days):>8}{_short(days * 24 * known.power / 1000):>8}{_depth(row):>15}"
+    return line + f"{row.tokens_per_second:>12,.0f}{_short(days):>10}{_short(days * 24 * known.power / 1000):>9}{_depth(row):>15}"
 
 
 def _depth(row: Row) -> str:
@@ -287,7 +290,7 @@ def _depth(row: Row) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "<0.001"
 
 
 def _side_by_side(title: str, rows: list[Row], columns: list[dict[str, float]], digits: int) -> list[str]:
@@ -328,6 +331,8 @@ def _notes(known: Peaks, rows: list[Row]) -> list[str]:
         "made from; on other GPUs a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",
         "kWh: the board at its power limit, the rest of the machine not counted. At most: rows of any number that fit.",
     ]
+    if any(sum(row.time[0].values()) < LAUNCHES * row.layers for row in rows):
+        notes.append("Micro-batches so short may wait for Python to launch kernels, which is not in the count: take more rows.")
     unmeasured = sorted({row.choice.label for row in rows} - {m.label for m in roofline.MEASURED})
     if unmeasured:
         notes.append(f"Never run, so neither speed nor memory of it was ever checked: {'; '.join(unmeasured)}.")

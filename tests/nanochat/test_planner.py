@@ -89,6 +89,12 @@ def test_the_largest_power_of_two_and_any() -> None:
     assert row("b200", replace(D12, total_batch_size=4 * 2048)).any_rows == 4
 
 
+def test_short_micro_batches_are_said_to_wait_for_python() -> None:
+    tiny = TrainConfig(depth=4, max_seq_len=128, total_batch_size=128 * 64)
+    assert "wait for Python" in "\n".join(report(device("h100"), tiny, [row("h100", tiny)], None))
+    assert "wait for Python" not in "\n".join(report(device("h100"), D12, [row("h100", D12)], None))
+
+
 def test_what_does_not_fit_says_so() -> None:
     deep = row("4090", TrainConfig(depth=40))
     assert not deep.fits and deep.tokens_per_second is None and deep.any_rows == 0
