@@ -427,8 +427,8 @@ class Run:
         best = self.progress.best_bpb
         if best is not None:
             metrics.message(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
-        picture = report.draw(self.directory)
         peak = memory.beside(metrics, self.config, self.model, self.plan.accumulation, self.world.size, self._memory_gib())
+        picture = report.draw(self.directory)
         metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; curves in {picture}")
 
 
