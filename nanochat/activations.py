@@ -4,17 +4,17 @@ For every kind of layers one function says which tensors each autograd Function 
 begins, which is when everything that was kept is still there. Nothing is fitted to measurements: where a count rests on the
 source of a library, the comment says which. Units: x is one tensor of the stream, tokens · width in the compute dtype.
 
-| kept by a block, in x | own layers, bf16 | te fused, per-tensor scales | te fused, block scales | te separate |
-| --- | --- | --- | --- | --- |
-| the mixed stream, or the branch it is computed from | 1 | 1 | 1 | 2 (mixed and not) |
-| norm's output for the q, k, v GEMMs | – | ½ | ½ | 1½, and 1 more where a gate reads it |
-| q, k, v, attention's output | 4 | 4 | 4 | 4 |
-| that output in FP8 | – | ½ | ½ | ½ |
-| the MLP's input | 1 | 1 | 1 | 1 |
-| its norm's output | – | 1 (both layouts) | 1 | ½ |
-| c_fc's output | – | 4 | 4 | 4 (relu of it) |
-| relu² of it | 4 | 2 | 4 (both layouts) | 2 |
-| in all | 10 | 14 | 16 and scales | 16 on average |
+| kept by a block, in x | own layers, bf16 | own in FP8 | te fused, per-tensor scales | te fused, block scales | te separate |
+| --- | --- | --- | --- | --- | --- |
+| the mixed stream, or the branch it is computed from | 1 | 1 | 1 | 1 | 2 (mixed and not) |
+| norm's output for the q, k, v GEMMs | – | – | ½ | ½ | 1½, and 1 more where a gate reads it |
+| q, k, v, attention's output | 4 | 4 | 4 | 4 | 4 |
+| that output in FP8 | – | – | ½ | ½ | ½ |
+| the MLP's input | 1 | 1 | 1 | 1 | 1 |
+| its norm's output | – | – | 1 (both layouts) | 1 | ½ |
+| c_fc's output | – | – | 4 | 4 | 4 (relu of it) |
+| relu² of it | 4 | 2 | 2 | 4 (both layouts) | 2 |
+| in all | 10 | 8 | 14 | 16 and scales | 16 on average |
 """
 
 from dataclasses import dataclass
@@ -90,12 +90,17 @@ class Head:
     working: Bytes
 
 
+def in_own_fp8(precision: Precision) -> bool:
+    """Whether blocks are our own layers in FP8."""
+    return precision.name in ("fp8", "fp8-emulated")
+
+
 def ends(precision: Precision, batch: MicroBatch) -> Bytes:
     """Kept outside of blocks, from the embedding to the end of backward."""
-    # Own and separate layers keep the middle stream anyway, as the input of the block after it.
-    fused = isinstance(precision, TEPrecision) and precision.layers == "fused"
+    # Own bf16 and separate layers keep the middle stream anyway, as the input of the block after it.
+    besides = in_own_fp8(precision) or (isinstance(precision, TEPrecision) and precision.layers == "fused")
     return {
-        "the stream of the middle block, for the backout": batch.x if fused else 0,
+        "the stream of the middle block, for the backout": batch.x if besides else 0,
         # The smear's gate reads channels of ln_embed's output, a view, which keeps all of it; its product keeps the shifted one.
         "embedding: rows, their norm, shifted by one": 3 * batch.x,
         "x0, the stream before the first block": batch.x,
@@ -104,10 +109,9 @@ def ends(precision: Precision, batch: MicroBatch) -> Bytes:
 
 
 def block(precision: Precision, batch: MicroBatch, layer: int) -> Block:
-    """What block `layer` keeps and works in.
-
-    An FP8 precision of our own gets a function here, beside those of Transformer Engine's and the plain layers.
-    """
+    """What block `layer` keeps and works in. New kinds of layers get a function here, and a test with a measured peak."""
+    if in_own_fp8(precision):
+        return _fp8(precision, batch, layer)
     if isinstance(precision, TEPrecision):
         return _separate(precision, batch, layer) if precision.layers == "separate" else _fused(precision, batch, layer)
     return _own(precision, batch, layer)
@@ -209,6 +213,46 @@ def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
                 "MLP: gradient of the hidden layer": 4 * x,
                 "MLP: gradient of x̂": x,
                 "MLP: gradient of c_proj, cast copy of c_fc": matrix * precision.matrix_dtype.itemsize + cast,
+            },
+        ),
+    )
+
+
+def _fp8(precision: Precision, batch: MicroBatch, layer: int) -> Block:
+    """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; GEMMs left in bf16 are not counted.
+
+    With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. Scales by row
+    or block are cast in plain PyTorch, with three fp32 copies of what is cast. Not measured yet.
+    """
+    recipe: Recipe | None = getattr(precision, "recipe", None)
+    scaling = "delayed" if recipe is None else recipe.fprop.left.scaling
+    x, one = batch.x, 1.0 if recipe is None else fp8_bytes(recipe)
+    small = x * one / batch.itemsize
+    matrix = 4 * batch.shape.n_embd**2 * precision.matrix_dtype.itemsize
+    outer = {"gradients of the stream and of the middle": 2 * x, "MLP: its gradient in FP8, both layouts": 2 * small}
+    attention = _rope_and_attention(batch, layer) | {"the mixed stream": x, "1/rms of the stream": batch.tokens * 4}
+    mlp: Bytes = {"the MLP's input": x, "relu² in FP8": 4 * small, "1/rms of the MLP's input": batch.tokens * 4}
+    if scaling not in ("delayed", "current"):
+        fine = {"x̂ and attention's output in FP8": 2 * small}, {"the MLP's x̂ in FP8": small, "relu²": 4 * x}
+        working: Bytes = {"gradients of the stream and of the middle": 2 * x, "MLP: gradient of the hidden layer": 4 * x}
+        return Block(attention | fine[0], mlp | fine[1], (working | {"MLP: three fp32 copies of it, to be cast": 3 * 8 * x},))
+    return Block(
+        attention,
+        mlp,
+        (
+            outer
+            | {
+                "MLP: gradient of relu² in bf16": 0 if scaling == "delayed" else 4 * x,
+                "MLP: gradient of the hidden layer in FP8, both layouts": 8 * small,
+                "MLP: gradient of c_proj": matrix,
+            },
+            # In the norm's backward its own gradient is gone, and dx is written for the layer before in both FP8 layouts too.
+            {
+                "gradients of the stream and of the middle": 2 * x,
+                "MLP: gradient of the hidden layer in FP8, both layouts": 8 * small,
+                "MLP: gradient of x̂, dx": 2 * x,
+                "MLP: x̂ᵀ in FP8, dx in both layouts": 3 * small,
+                "MLP: gradients of c_fc and c_proj": 2 * matrix,
             },
         ),
     )

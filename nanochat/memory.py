@@ -169,6 +169,8 @@ class Counted:
 
     def _fp8_copies(self) -> float:
         precision = self.setup.precision
+        if activations.in_own_fp8(precision):
+            return sum(2.0 * p.numel() for name, p in self.model.named_parameters() if _in_engine(name))
         if not isinstance(precision, TEPrecision):
             return 0
         one = {"nv16": 0.5 + 1 / 16, "mx32": 1 + 1 / 32}.get(precision.recipe.fprop.right.scaling, 1.0)
