@@ -21,11 +21,13 @@ GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes ar
 
 from dataclasses import dataclass
 
+from nanochat.activations import in_own_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted
 from nvfp8.hardware import Peaks
 from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import Precision, TEPrecision
+from nvfp8.recipe import Recipe
 
 EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71, "polar": 0.676}
 KEYS_MORE = 559
@@ -33,9 +35,11 @@ KEYS_MORE = 559
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
 #   te: mix 8, norms 4 and 4, heads 13, casts of o 4, the addition 6, relu² 12; backward casts of gradients 4, 4 and 12, transposes
 #   8, relu² 24, norms 6 and 6, additions 6, heads 19, mix 14.
+#   own, FP8, counted and not measured: mix, norm and cast 9, heads 13, o 3, norm and cast 7, aᵀ 4; backward relu² 8, norm 11, o 3,
+#   heads 18, mix 17.
 # More than that: current scaling reads gradients twice for their amax and quantizes after norms and relu², not in them; block
 # scales need passes of their own for relu² and its gradient.
-_OWN, _TE = 118, 154
+_OWN, _TE, _OWN_FP8 = 118, 154, 93
 _MORE = {"current": 52, "block1x128": 36}
 # A GEMM with block scales takes 1.25 times as long: what d12's blockwise row leaves when its bytes are taken off.
 _SLOWER = {"block1x128": 1.25}
@@ -73,9 +77,9 @@ def work(counted: Counted, rows: int) -> Work:
     shape, precision = counted.setup.shape, counted.setup.precision
     tokens, parameters = rows * shape.sequence_len, counted.model.parameter_counts()
     matrices, head = parameters["transformer_matrices"], parameters["lm_head"]
-    te = isinstance(precision, TEPrecision)
+    in_fp8 = isinstance(precision, TEPrecision) or in_own_fp8(precision)
     te_head = isinstance(precision, TEPrecision) and precision.te_head
-    quantized = (matrices if te else 0) + (head if te_head else 0)
+    quantized = (matrices if in_fp8 else 0) + (head if te_head else 0)
     return Work(
         fp8=6 * quantized * tokens,
         bf16=6 * (matrices + head - quantized) * tokens,
@@ -84,7 +88,7 @@ def work(counted: Counted, rows: int) -> Work:
         polar=_polar(counted),
         # States are read and written, gradients looked at and read, weights read and written; Muon's x is passed over 8 times.
         updated=2 * sum(counted.states.values()) + 2 * sum(counted.gradients().values())
-        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + (4 * quantized if te else 0),
+        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + 4 * quantized,
     )  # fmt: skip
 
 
@@ -97,8 +101,9 @@ def keys(shape: GPTConfig, layer: int) -> float:
 def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, head: int, te_head: bool) -> float:
     """Bytes that are moved between a micro-batch's GEMMs."""
     x = tokens * shape.n_embd
-    scaling = precision.recipe.fprop.left.scaling if isinstance(precision, TEPrecision) else None
-    block = _OWN if scaling is None else _TE + _MORE.get(scaling, 0)
+    scaling = _scaling(precision)
+    fastest = _OWN_FP8 if in_own_fp8(precision) else _TE
+    block = _OWN if scaling is None else fastest + _MORE.get(scaling, 0)
     logits = tokens * shape.padded_vocab
     moved = float((shape.n_layer * block + _ENDS) * x)
     if te_head:
@@ -109,6 +114,12 @@ def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, h
     if precision.matrix_dtype != precision.compute_dtype:
         moved += 12 * matrices + 6 * head  # weights are cast where they are used, forward and backward
     return moved + 3 * precision.matrix_dtype.itemsize * (matrices + head)  # gradients are added to their sums
+
+
+def _scaling(precision: Precision) -> str | None:
+    """How activations are scaled, None where there is no recipe."""
+    recipe: Recipe | None = getattr(precision, "recipe", None)
+    return None if recipe is None else recipe.fprop.left.scaling
 
 
 def _polar(counted: Counted) -> float:
@@ -133,11 +144,11 @@ def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, f
         ValueError: the device has no units for its GEMMs.
     """
     micro = {}
-    if isinstance(precision, TEPrecision) and done.fp8:
-        scaling = precision.recipe.fprop.left.scaling
+    scaling = _scaling(precision)
+    if scaling is not None and done.fp8:
         name, peak = ("FP4 GEMMs", peaks.fp4) if scaling == "nv16" else ("FP8 GEMMs", peaks.fp8)
         if peak is None:
-            raise ValueError(f"recipe {precision.recipe.name} on a device without units for it")
+            raise ValueError(f"{precision.name} on a device without units for its GEMMs")
         micro[name] = done.fp8 * _SLOWER.get(scaling, 1.0) / (peak * EFFICIENCY["FP8 GEMMs"])
     micro |= {
         "bf16 GEMMs": done.bf16 / (peaks.bf16 * EFFICIENCY["bf16 GEMMs"]),
