@@ -154,7 +154,8 @@ def test_a_bad_value_is_named_where_it_arose(
     real, calls = layers.weight_gradient, iter(range(10**6))
 
     def spoiled(d_out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if next(calls) == 4:  # backward's fifth weight: block 1 takes c_proj, c_fc, attention's c_proj and qkv before
+        # Backward's fifth matrix: block 1 takes c_proj, c_fc, attention's c_proj and qkv before. Gates read at most 24 channels.
+        if x.shape[-1] > 24 and next(calls) == 4:
             d_out.fill_(float("nan"))
         return real(d_out, x, dtype)
 
