@@ -1,7 +1,7 @@
 """Where a micro-batch's time goes: milliseconds of GPU kernels by family, and the largest kernels one by one.
 
     python -m benchmarks.profile --depth 24 --batch 16 [--window-pattern L] [--precision bf16] [--micro-batches 4]
-    python -m benchmarks.profile --depth 24 --batch 16 --precision te [--recipe delayed] [--te-head te] …
+    python -m benchmarks.profile --depth 24 --batch 16 --precision te [--recipe delayed] [--te-head chunked] …
 
 Forward and backward of random tokens under `torch.profiler`, gradients accumulating, no optimizer; T = 2048. Every kernel is in
 exactly one family, found by its name, and what no family claims is under "other": look at the list of largest kernels before

@@ -1,7 +1,7 @@
 """Whole training steps on random tokens: tokens per second, peak memory, optimizer time, warm-up. One JSON line.
 
     python -m benchmarks.step --depth 24 --batch 16 --accumulation 8 [--steps 20] [--window-pattern L] [--precision bf16]
-    python -m benchmarks.step --depth 24 --batch 16 --precision te [--recipe delayed] [--te-layers separate] [--te-head te] …
+    python -m benchmarks.step --depth 24 --batch 16 --precision te [--recipe delayed] [--te-layers separate] [--te-head chunked] …
     python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the

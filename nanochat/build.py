@@ -38,14 +38,14 @@ class EngineOptions:
     Attributes:
         recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,amax_history_len=32".
         layers: "fused" or "separate".
-        head: "chunked" or "te".
+        head: "chunked", "te", or "auto": "te", which is faster, where weights are bf16, as it needs them.
         weights: "bf16" or "fp8".
         norm_weight: whether norms have learnable scales.
     """
 
     recipe: str = "auto"
     layers: Literal["fused", "separate"] = "fused"
-    head: Literal["chunked", "te"] = "chunked"
+    head: Literal["auto", "chunked", "te"] = "auto"
     weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
 
@@ -103,8 +103,9 @@ def _transformer_engine(device_type: str, options: EngineOptions) -> Precision |
         if reason is not None:
             usable = best != chosen and te.unsupported(best) is None
             return f"recipe {chosen.name}: {reason}" + (f"; use --recipe {best.name} here" if usable else "")
+        te_head = options.head == "te" or (options.head == "auto" and options.weights == "bf16")
         return te_precision(
-            chosen, layers=options.layers, te_head=options.head == "te", weights=options.weights, norm_weight=options.norm_weight
+            chosen, layers=options.layers, te_head=te_head, weights=options.weights, norm_weight=options.norm_weight
         )
     except ValueError as error:
         raise BadInput(str(error)) from error

@@ -53,7 +53,7 @@ class TrainConfig:
     precision: str = "auto"
     recipe: str = "auto"
     te_layers: Literal["fused", "separate"] = "fused"
-    te_head: Literal["chunked", "te"] = "chunked"
+    te_head: Literal["auto", "chunked", "te"] = "auto"
     te_weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
     adamw: str = "own"

@@ -19,8 +19,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="LayerNormLinear and LayerNormMLP, or one te.Linear for each Linear, for comparison (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--te-head", choices=("chunked", "te"), default=default.head,
-        help="lm_head in bf16 chunks, or by te.Linear with whole logits (default: %(default)s)",
+        "--te-head", choices=("auto", "chunked", "te"), default=default.head,
+        help="lm_head in bf16 chunks, which takes less memory, or by te.Linear with whole logits, which is faster and what auto "
+        "means where weights are bf16 (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--te-weights", choices=("bf16", "fp8"), default=default.weights,
