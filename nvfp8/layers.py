@@ -123,7 +123,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor | Pending:
         """(..., in_features) -> (..., out_features).
 
         Args:
@@ -229,7 +229,7 @@ class ReluSquaredMLP(nn.Module):
         self.c_fc = Linear(width, hidden, dtype)
         self.c_proj = Linear(hidden, width, dtype)
 
-    def forward(self, x: Tensor, settle: bool = True) -> Tensor | Pending:
+    def forward(self, x: Tensor | Pending, settle: bool = True) -> Tensor | Pending:
         """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
-        pending = Pending(*_ReluSquaredMLP.apply(x, self.c_fc.weight, self.c_proj.weight))
+        pending = Pending(*_ReluSquaredMLP.apply(settled(x), self.c_fc.weight, self.c_proj.weight))
         return settled(pending) if settle else pending
