@@ -205,9 +205,7 @@ def _activate_backward(
         )
         return Quantized(dh, dh_t, site.scale, site.inverse)
     d_a = proj.dgrad(dy, w, dtype)
-    return measured(
-        site, lambda scale, amax: kernels.relu_squared_backward_quantize(d_a, a_t, a_scale, scale, site.dtype, amax)
-    )
+    return measured(site, lambda scale, amax: kernels.relu_squared_backward_quantize(d_a, a_t, a_scale, scale, site.dtype, amax))
 
 
 class FP8ReluSquaredMLP(ReluSquaredMLP):

@@ -4,9 +4,9 @@ cuBLAS accumulates a bf16 GEMM in fp32 anyway; rounding its result to bf16 befor
 bits for nothing and costs a cast pass. PyTorch reaches the fp32 output through `out_dtype`, on CUDA only.
 
 FP8 operands take half the bytes and twice the rate. The tensor core multiplies codes; both scales are divided out of the sum.
-cuBLAS's FP8 GEMM cannot add to its output, so a gradient of a second micro-batch costs an addition: in bf16 8 bytes a weight (2 that
-the GEMM writes, 2 + 2 read, 2 written), in fp32 16. At d24, 680 M weights in blocks, that is 1.5 ms or 3 ms of a micro-batch
-of some 250; layers here take bf16, as Transformer Engine does.
+cuBLAS's FP8 GEMM cannot add to its output, so a gradient of a second micro-batch costs an addition: in bf16 8 bytes a weight (2
+that the GEMM writes, 2 + 2 read, 2 written), in fp32 16. At d24, 680 M weights in blocks, that is 1.5 ms or 3 ms of a
+micro-batch of some 250; layers here take bf16, as Transformer Engine does.
 """
 
 import torch

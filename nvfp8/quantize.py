@@ -59,7 +59,8 @@ def quantize(x: Tensor, site: Site, *, rows: bool = True, columns: bool = True) 
         amax = torch.zeros_like(site.amax)
         site.kernels(x).amax_(x, amax)
         scale, inverse = site.scales(amax)
-    return Quantized(*site.kernels(x).quantize(x, scale, site.dtype, site.amax, rows=rows, columns=columns), scale, inverse)
+    q, t = site.kernels(x).quantize(x, scale, site.dtype, site.amax, rows=rows, columns=columns)
+    return Quantized(q, t, scale, inverse)
 
 
 def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]) -> Quantized:
@@ -100,11 +101,9 @@ def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: T
 
 def gradient(dy: Tensor, site: Site) -> Quantized:
     """A gradient (..., N) in both layouts: as it was handed over, or cast here."""
-    found = getattr(dy, _HANDED, None)
-    if found is not None:
-        quantized, of, version = found
-        if of is site and dy._version == version:
-            return quantized  # type: ignore[no-any-return]
+    quantized, of, version = getattr(dy, _HANDED, (None, None, 0))
+    if quantized is not None and of is site and dy._version == version:
+        return quantized
     return quantize(dy.contiguous().flatten(0, -2), site)
 
 
@@ -133,7 +132,7 @@ class Projection:
         kind = "normed" if normed else "activation"
         self.x = Site(f"the input of {label}", kind, recipe.fprop.left, emulated, width)  # type: ignore[arg-type]
         self.w = Site(f"the weight of {label}", "weight", recipe.fprop.right, emulated)
-        self.dy = Site(f"the gradient of {label}", "gradient", recipe.dgrad.left, emulated)
+        self.dy = Site(f"the gradient that reaches {label}", "gradient", recipe.dgrad.left, emulated)
         self._cast_from: list[tuple[int, int, int]] = []
         self._copies: Quantized | None = None
 

@@ -241,7 +241,7 @@ class EngineScaling:
     def state(self) -> dict[str, Tensor]:
         """`<layer>.<what>` -> tensor, not copies; empty for recipes without a history."""
         engines = self._engines()
-        return {f"{name}.{what}": value for name, engine in engines.items() for what, value in engine.scaling_state().items()}
+        return {f"{name}.{what}": value for name, it in engines.items() for what, value in it.scaling_state().items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned, of the same precision.
@@ -256,10 +256,10 @@ class EngineScaling:
             if name not in engines:
                 raise ValueError(f"the scaling state is of a layer {name} that this precision has not")
             by_layer[name][what] = value
-        for name, engine in engines.items():
+        for name, it in engines.items():
             try:
                 if saved:
-                    engine.load_scaling_state(by_layer[name])
+                    it.load_scaling_state(by_layer[name])
             except ValueError as error:
                 raise ValueError(f"the scaling state of {name}: {error}") from error
 
@@ -269,5 +269,5 @@ class EngineScaling:
 
     def forget(self) -> None:
         """Drop what was not finite from the histories."""
-        for engine in self._engines().values():
-            engine.forget_nonfinite()
+        for it in self._engines().values():
+            it.forget_nonfinite()
