@@ -16,7 +16,8 @@ What is known without any history:
   falls below matters: at D = 1,536 numbers under 0.0014, a thousandth of a normal distribution, and those err by 9e-5 at most.
 * A weight is cast once a step, so it can be measured: its scale is exact.
 * The first gradients follow from the loss: a token's loss has a gradient of at most `loss_scale`, which is brought to 64, amid
-  E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations are measured until they have a history.
+  E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations, and gradients in E4M3, are measured until
+  they have a history.
 """
 
 import contextlib
@@ -128,9 +129,14 @@ class Site:
     @property
     def ready(self) -> bool:
         """Whether `scale` can be used before the tensor has been looked at."""
-        if self.kind == "normed" or (self.kind == "gradient" and self.delayed):
+        if self.kind == "normed" or self.from_loss:
             return True
-        return self.kind == "activation" and self.delayed and self.owner is not None and self.owner.seen[self.index]
+        return self.kind != "weight" and self.delayed and self.owner is not None and self.owner.seen[self.index]
+
+    @property
+    def from_loss(self) -> bool:
+        """Whether the loss gives a scale where there is no history: E4M3's range is too short to guess in."""
+        return self.kind == "gradient" and self.delayed and self.dtype == torch.float8_e5m2
 
     def kernels(self, x: Tensor) -> ModuleType:
         """What casts x: Triton kernels or, emulated, their twins on whatever device."""
@@ -173,8 +179,10 @@ class Scaling:
         self.seen = [False] * len(self.sites)
         self.delayed = any(site.delayed for site in self.sites)
         self.amax: Tensor | None = None
-        self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites))
-        self.scale = torch.tensor([site.largest / math.sqrt(site.width) if site.kind == "normed" else 1.0 for site in self.sites])
+        # On the CPU until a tensor is cast, whatever device a model is being made on.
+        first = [site.largest / math.sqrt(site.width) if site.kind == "normed" else 1.0 for site in self.sites]
+        self.scale = torch.tensor(first, device="cpu")
+        self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites), device="cpu")
         self._loss_scale: float | None = None
 
     def begin(self, device: torch.device, loss_scale: float) -> None:
@@ -182,7 +190,7 @@ class Scaling:
         if self.amax is None or self.amax.device != device:
             self._allocate(device)
         if loss_scale != self._loss_scale:
-            fresh = [site.kind == "gradient" and site.delayed and not self.seen[site.index] for site in self.sites]
+            fresh = [site.from_loss and not self.seen[site.index] for site in self.sites]
             with torch.no_grad():
                 self.scale.masked_fill_(torch.tensor(fresh, device=device), _FIRST_GRADIENT / loss_scale)
                 self.inverse.copy_(self.scale.reciprocal())
