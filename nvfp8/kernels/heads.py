@@ -56,13 +56,11 @@ def _heads_forward(
 
 
 @triton.jit
-def _heads_backward(
-    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_QKV, D_GATE, N, T,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
-    TOKENS: tl.constexpr, HALF: tl.constexpr,
+def heads_gradient(
+    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, token, N, T,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Both halves of d_qkv (tokens, HALF) fp32 for one head and a tile of tokens; writes D_GATE."""
     column = tl.arange(0, HALF)[None, :]
     mask = (token < N)[:, None] & (column < E // 2)
     if head < H + G:
@@ -98,9 +96,23 @@ def _heads_backward(
             vb = tl.load(row + E // 2, mask, 0.0).to(tl.float32)
             d_gate = tl.sum(raw_a * va, 1) + tl.sum(raw_b * vb, 1)
             tl.store(D_GATE + token * G + kv, d_gate.to(D_GATE.dtype.element_ty), token < N)
+    return raw_a, raw_b
+
+
+@triton.jit
+def _heads_backward(
+    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_QKV, D_GATE, N, T,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    a, b = heads_gradient(DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, token, N, T, H, G, E, VALUES, SCALE, HALF)
+    column = tl.arange(0, HALF)[None, :]
+    mask = (token < N)[:, None] & (column < E // 2)
     target = D_QKV + token[:, None] * ((H + 2 * G) * E) + head * E + column
-    tl.store(target, raw_a.to(D_QKV.dtype.element_ty), mask)
-    tl.store(target + E // 2, raw_b.to(D_QKV.dtype.element_ty), mask)
+    tl.store(target, a.to(D_QKV.dtype.element_ty), mask)
+    tl.store(target + E // 2, b.to(D_QKV.dtype.element_ty), mask)
 
 
 def heads_forward(
