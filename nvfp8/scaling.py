@@ -154,6 +154,11 @@ def _scale_of(amax: Tensor, largest: Tensor | float, otherwise: Tensor) -> Tenso
     return torch.where(usable, (largest / amax).clamp(max=_MOST), otherwise)
 
 
+def _spaced(x: Tensor) -> Tensor:
+    """A copy of x (n,), 16 bytes from one element to the next: Triton compiles a kernel again for a pointer aligned otherwise."""
+    return torch.stack((x, x, x, x), 1)[:, 0]
+
+
 class Scaling:
     """Scales and amaxes of all sites of a model.
 
@@ -199,10 +204,10 @@ class Scaling:
     @torch.inference_mode(False)  # what is made while generating must be there for training
     @torch.no_grad()
     def _allocate(self, device: torch.device) -> None:
-        self.amax = torch.zeros(len(self.sites), device=device)
-        # Clones: views of the former must not change under a graph that still has them.
-        self.history, self.scale = (t.to(device, copy=True) for t in (self.history, self.scale))
-        self.inverse = self.scale.reciprocal()
+        self.amax = _spaced(torch.zeros(len(self.sites), device=device))
+        # New tensors: views of the former must not change under a graph that still has them.
+        self.history, self.scale = self.history.to(device, copy=True), _spaced(self.scale.to(device))
+        self.inverse = _spaced(self.scale.reciprocal())
         margin = 2.0**-self.recipe.margin
         self._largest = torch.tensor([site.largest * margin for site in self.sites], device=device)
         renewed = [site.delayed and site.kind in ("activation", "gradient") for site in self.sites]
@@ -221,14 +226,16 @@ class Scaling:
         """
         if self.amax is None:
             return []
-        self.amax.nan_to_num_(nan=torch.inf, posinf=torch.inf)  # a maximum over ranks may lose a NaN, not an inf
+        latest = self.amax.nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        ).contiguous()  # a maximum over ranks may lose a NaN, not an inf
         if dist.is_initialized():
-            dist.all_reduce(self.amax, dist.ReduceOp.MAX)
-        amaxes = self.amax.tolist()
+            dist.all_reduce(latest, dist.ReduceOp.MAX)
+        amaxes = latest.tolist()
         bad = [name for name, amax in zip(self.names, amaxes, strict=True) if not math.isfinite(amax)]
         if not bad and self.delayed:
             self.history.copy_(self.history.roll(1, 0))
-            self.history[0].copy_(self.amax)
+            self.history[0].copy_(latest)
             expected = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(0)
             self.scale.copy_(torch.where(self._renewed, _scale_of(expected, self._largest, self.scale), self.scale))
             self.inverse.copy_(self.scale.reciprocal())

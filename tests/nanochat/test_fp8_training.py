@@ -142,8 +142,9 @@ def config(tmp_path: Path) -> TrainConfig:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
     return TrainConfig(
-        data=str(path), depth=4, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=16, total_batch_size=2048,
-        num_iterations=30, warmup_steps=20,
+        data=str(path), depth=3, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=16, total_batch_size=1024,
+        num_iterations=30, warmup_steps=5,
+        matrix_lr=0.1, embedding_lr=1.0, unembedding_lr=0.03, scalar_lr=0.5,  # so small a batch divides them by 22
         eval_every=-1, eval_tokens=1024, sample_every=-1, core_metric_every=-1,
         precision=PRECISION, recipe="delayed", model_tag="own",
     )  # fmt: skip
@@ -184,9 +185,9 @@ class TestRuns:
             gap = ((ours - plain).abs() / plain).max()
             print(f"{name}: largest gap to bf16 {gap:.2%}, last losses {ours[-1]:.4f} and {plain[-1]:.4f}")
             assert gap < 0.02, (name, gap)
-        assert "GEMMs left in bf16 h.0, h.*.mlp.c_proj (7 of 16 GEMMs)" in messages(tag)
+        assert "GEMMs left in bf16 h.0, h.*.mlp.c_proj (6 of 12 GEMMs)" in messages(tag)
         state = json.loads((find(base_dir() / "base_checkpoints" / tag, None).path / "state.json").read_text())
-        assert state["layers"]["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (7 of 16 GEMMs)"
+        assert state["layers"]["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (6 of 12 GEMMs)"
 
     @pytest.mark.parametrize("name", ["delayed", "current"])
     def test_a_resumed_run_equals_the_uninterrupted_one(self, config: TrainConfig, name: str) -> None:

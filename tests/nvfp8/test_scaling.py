@@ -48,6 +48,12 @@ def test_scales_before_there_is_a_history() -> None:
     assert scaling.scale[3] == 64 * 2**10
 
 
+def test_all_views_are_aligned_alike() -> None:
+    """A kernel is compiled for pointers that are multiples of 16, and again for those that are not."""
+    sites = begun(RECIPES["delayed"]).sites
+    assert {view.data_ptr() % 16 for site in sites for view in (site.amax, site.scale, site.inverse)} == {0}
+
+
 def test_a_norms_output_never_saturates() -> None:
     """|x̂| ≤ √D, reached where one channel holds everything; other rows lose nothing that E4M3 has."""
     site = Site("{}", "normed", RECIPES["delayed"].fprop.left, True, 1536)
