@@ -3,7 +3,7 @@
 from nvfp8.kernels.adamw import adamw_
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.embedding import add_rows_
-from nvfp8.kernels.gemm_relu_squared import gemm_relu_squared, gemm_relu_squared_backward
+from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
@@ -20,7 +20,7 @@ from nvfp8.kernels.norm_fp8 import (
     mix_norm_quantize,
     norm_backward_quantize,
 )
-from nvfp8.kernels.quantize import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
+from nvfp8.kernels.quantize_fp8 import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
 from nvfp8.kernels.symmetric import symmetric_product_
 

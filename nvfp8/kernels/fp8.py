@@ -7,11 +7,13 @@ what PyTorch gives, over all bf16 numbers (tests).
 """
 
 import os
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # What a kernel calls the formats that PyTorch knows.
@@ -67,3 +69,9 @@ def raise_amax(AMAX, bits):
 def as_bits(amax: Tensor | None) -> Tensor | None:
     """The 0-D fp32 as the int32 that `raise_amax` takes."""
     return None if amax is None else amax.view(torch.int32)
+
+
+@cache
+def roomy() -> bool:
+    """Whether a program may take 227 KiB of shared memory: on Hopper and the datacenter Blackwells. Others have 99."""
+    return INTERPRETED.value or driver.active.get_current_target().arch in (90, 100, 103)

@@ -5,13 +5,14 @@ Forward takes a row a program, as in `norm.py`: everything between load and stor
 
 Backward also writes transposes, so a program needs many rows, and the sum over each row before it can write anything. 32 whole rows
 of two bf16 tensors at D = 1,536 are 192 KiB: neither registers nor, beside anything else, shared memory hold them. A program
-therefore walks its rows' columns twice, TILE channels at a time, first for the sums. One program of 16 warps runs on an SM, so 132
-SMs have 26 MiB of such rows in flight, which a 50 MiB L2 keeps for the second walk, when told that nothing else is worth keeping
-(`evict_first`). Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written;
-`mix_norm_backward_quantize` 2·5 read, 2 + 2 + 1 + 1 + 1 written; either up to 4 more where L2 does not keep them.
+therefore walks its rows' columns twice, 256 channels at a time, first for the sums. One program of 16 warps runs on an SM, so 132
+SMs have 26 MiB of such rows in flight, which a 50 MiB L2 can keep for the second walk; what is written asks to be evicted first.
+Asynchronous copies bring the next 256 channels (16 KiB a tensor) while these are computed. Bytes an element:
+`norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize` 2·5 read,
+2 + 2 + 1 + 1 + 1 written; either up to 4 more where L2 did not keep the rows. 32,768 tokens are 1,024 programs, 7.8 rounds of 132.
 
-`SPLIT` is the other way: a pass by itself sums the rows (4 bytes an element more, none of them doubtful), and then tiles are
-independent: short programs, many of them, 64 bytes a row of the transpose. `benchmarks/kernels.py` times both.
+`SPLIT` is the other way: a pass by itself sums the rows, surely 4 bytes an element more, and then tiles of 64 × 64 are independent:
+12,288 short programs, 3 or 4 at a time on an SM, 64 bytes a row of the transpose. `benchmarks/kernels.py` times both.
 """
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
+from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, roomy, to_fp8
 from nvfp8.reference import NORM_EPS
 
 SPLIT = False  # whether backward sums the rows in a pass by itself
@@ -205,12 +206,14 @@ def _backward(
     means = None
     if SPLIT:
         means = torch.empty(m, dtype=torch.float32, device=x.device)
-        tokens, tile, warps, stages = 64, 128, 8, 1
+        tokens, tile, warps, stages = 64, 64, 8, 1
         span = tile
         block = triton.next_power_of_2(d)
         _sum_rows[(m,)](d_normed, x, d_head, means, d, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
     else:
         tokens, tile, warps, stages = 64 if d <= 1024 else 32, 128 if d <= 1024 else 256, 16, 2
+        if not roomy():  # two stages of five tensors, 112 KiB, become half
+            tile, warps = tile // 2, 8
         span = triton.cdiv(d, tile) * tile
     grid = triton.cdiv(d, span), triton.cdiv(m, tokens)
     partial = None if x0 is None else torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)

@@ -19,12 +19,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, to_fp8
+from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, roomy, to_fp8
 
-PROMOTE = 128  # products that the gradient's GEMM adds before it promotes; at most the tile's K
+PROMOTE: int | None = 128  # products that the gradient's GEMM adds before it promotes, at most the tile's K; None for never
 GROUP = 8  # tile rows that are walked together
 
 
@@ -75,15 +74,20 @@ def _finish(products, A_T, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: t
 
 
 @cache
-def _tiles(device: torch.device) -> dict[str, int]:
-    """Sizes of a tile, and how it runs: Hopper and the datacenter Blackwells have 227 KiB of shared memory, the others 99."""
+def _tiles(device: torch.device, promote: bool) -> dict[str, int]:
+    """Sizes of a tile, and how it runs.
+
+    Promotion keeps sums twice. A warp group has its 128 × 128 sums of a 256 × 128 tile in two parts and promotes one after the
+    other; of 128 × 256 it has one part, twice which is more than its registers.
+    """
     if INTERPRETED.value:
         return {"BM": 32, "BN": 64, "BK": 32, "PROGRAMS": 2}
-    capability = driver.active.get_current_target().arch
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    if capability in (90, 100, 103):
-        return {"BM": 128, "BN": 256, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
-    return {"BM": 128, "BN": 128, "BK": 64, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    if not roomy():
+        return {"BM": 128, "BN": 128, "BK": 64, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    if promote:
+        return {"BM": 256, "BN": 128, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 256, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
 
 
 def _launch(
@@ -97,7 +101,8 @@ def _launch(
     out, out_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, n), (n, m)))
     if not out.numel():
         return out, out_t
-    tiles: dict[str, Any] = dict(_tiles(x.device))
+    promote = PROMOTE if a_t is not None else None
+    tiles: dict[str, Any] = dict(_tiles(x.device, promote is not None))
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
 
     def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -106,7 +111,8 @@ def _launch(
     _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
         described(x, bm, bk), described(w, bn, bk), None if a_t is None else described(a_t, bn // 2, bm),
         described(out, bm, bn // 2), described(out_t, bn // 2, bm), inverse_scale, a_scale, scale, as_bits(amax), m, n, k,
-        BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if a_t is None else min(PROMOTE, bk), GROUP=GROUP, **tiles,
+        BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if promote is None else min(promote, bk), GROUP=GROUP,
+        **tiles,
     )  # fmt: skip
     return out, out_t
 

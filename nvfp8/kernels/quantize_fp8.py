@@ -53,7 +53,7 @@ def _quantize(
 
 
 @triton.jit
-def _relu_squared_backward(
+def _relu_squared_backward_quantize(
     D_A, A_T, A_SCALE, SCALE, DH, DH_T, AMAX, M, N, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
@@ -126,7 +126,7 @@ def relu_squared_backward_quantize(
     m, n = d_a.shape
     dh, dh_t = (torch.empty(shape, dtype=dtype, device=d_a.device) for shape in ((m, n), (n, m)))
     if d_a.numel():
-        _relu_squared_backward[_grid(m, n)](
+        _relu_squared_backward_quantize[_grid(m, n)](
             d_a, a_t, a_scale, scale, dh, dh_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
             num_warps=8,
         )  # fmt: skip
