@@ -91,8 +91,9 @@ def gradients(made: nn.ModuleDict, given: list[Tensor]) -> dict[str, Tensor]:
 
 
 def decibels(value: Tensor, truth: Tensor) -> float:
-    noise = (value.double().cpu() - truth.cpu()).norm()
-    return float(20 * torch.log10(truth.cpu().norm() / noise))
+    exact = truth.detach().cpu()
+    noise = (value.detach().double().cpu() - exact).norm()
+    return float(20 * torch.log10(exact.norm() / noise))
 
 
 def truth(loss: Callable[[nn.ModuleDict, list[Tensor]], Tensor] = run) -> tuple[Tensor, dict[str, Tensor]]:
