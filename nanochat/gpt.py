@@ -114,8 +114,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
         table: Tensor | None, order: TokenOrder | None, backend: str, cache: KVCache | None, layer: int,
-    ) -> tuple[Tensor | Pending, Tensor]:  # fmt: skip
-        """Attend and add to the stream.
+    ) -> tuple[Pending, Tensor]:  # fmt: skip
+        """Attend; what is to be added to the stream is left to the MLP, which reads both.
 
         Args:
             x: (B, T, D) stream, or the two parts of it.
@@ -130,7 +130,7 @@ class Attention(nn.Module):
             layer: index of the block, for the cache.
 
         Returns:
-            The stream (B, T, D), or the two parts of it, and x0 for the next block.
+            The stream (B, T, D) and attention's branch, and x0 for the next block.
         """
         stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
         gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             out = causal_attention(q, k, v, self.window, backend)
         else:
             out = cache.attend(layer, q, k, v, self.window)
-        return self.c_proj(out.flatten(2), add_to=stream), x0
+        return Pending(stream, self.c_proj(out.flatten(2))), x0
 
 
 class Block(nn.Module):

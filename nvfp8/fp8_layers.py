@@ -11,14 +11,12 @@ the MLP (2), aᵀ in FP8 (4), 1/rms twice: 16, where bf16 keeps 20 and a compile
 read anyway: x̂ᵀ inside the norm's backward, oᵀ by casting o again, relu's derivative 2√a from aᵀ.
 
 Outside `scaling.autocast` everything is bf16 from the weights as they are: evaluation and decoding take any number of tokens. The
-same path serves a layer that a recipe leaves in bf16. A projection that adds to the stream returns both parts (`Pending`):
-an FP8 GEMM cannot add to its output, and the kernel after it reads both anyway.
+same path serves a layer that a recipe leaves in bf16.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -72,15 +70,13 @@ class FP8Linear(Linear):
         self.projections: tuple[Projection, ...] = () if in_bf16 else (Projection((self,), recipe, emulated),)
         self.joined = False
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor | Pending:
-        """(..., in_features) bf16 -> (..., out_features), or with `add_to` both of them, to be added by who reads them."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features)."""
         projection = self.projections[0] if self.projections else None
-        if _in_fp8(projection, x):
-            assert projection is not None and not self.joined
-            out = ask(_Linear.apply(x.contiguous(), projection, self.weight), projection.dy)
-        else:
-            out = F.linear(x, self.weight.to(x.dtype))
-        return out if add_to is None else Pending(add_to, out)
+        if not _in_fp8(projection, x):
+            return super().forward(x)
+        assert projection is not None and not self.joined
+        return ask(_Linear.apply(x.contiguous(), projection, self.weight), projection.dy)
 
 
 def _join(*layers: Linear) -> None:
@@ -228,12 +224,11 @@ class FP8ReluSquaredMLP(ReluSquaredMLP):
         stream, branch = x if isinstance(x, Pending) else (x, None)
         if self.separate:
             stream = settled(x)
-            activated = self.c_fc(RMSNorm()(stream)).relu().square()
-            pending = self.c_proj(activated, add_to=stream)
+            pending = Pending(stream, self.c_proj(self.c_fc(RMSNorm()(stream)).relu().square()))
         elif _in_fp8(self.projections[0] if self.projections else None, stream):
             fc, proj = self.projections
             stream, out = _MLP.apply(stream, branch, fc, proj, self.c_fc.weight, self.c_proj.weight)
             pending = Pending(stream, ask(out, proj.dy))
         else:
-            return super().forward(settled(x), settle)
+            return super().forward(x, settle)
         return settled(pending) if settle else pending

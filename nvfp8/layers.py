@@ -5,9 +5,10 @@ costs memory is keeping those tensors for backward. Each layer here is one autog
 be computed again cheaply:
 
 * `NormLinear`    residual mix, RMSNorm and several projections in one GEMM; keeps its input stream, not x̂.
-* `Linear`        may add its result to the residual stream inside the GEMM, in place: no pass for the addition.
-* `ReluSquaredMLP` norm, two GEMMs; keeps its input and relu(h)², from which both gradients follow. The next block's mix adds its
-  branch to the stream, in fp32: no pass for the addition, and no branch too small for a bf16 stream is lost.
+* `ReluSquaredMLP` norm, two GEMMs; keeps its input and relu(h)², from which both gradients follow.
+
+Branches are added to the stream by the next kernel that reads both, the mix or the MLP's norm, in fp32: no pass for the addition,
+and no branch too small for a bf16 stream is lost.
 
 For a block of width D that is 20 bytes per token and channel in bf16; a compiled block keeps about 37.
 Weights stored in fp32 are cast to the stream's dtype where they are used.
@@ -31,9 +32,19 @@ class Pending(NamedTuple):
     branch: Tensor
 
 
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, branch: Tensor) -> Tensor:
+        return ops(stream).add(stream, branch)
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, Tensor]:
+        return d_sum, d_sum
+
+
 def settled(x: Tensor | Pending) -> Tensor:
-    """The stream as one tensor (..., D)."""
-    return x.stream + x.branch if isinstance(x, Pending) else x
+    """The stream as one tensor (..., D), of a bf16 stream rounded stochastically."""
+    return _Add.apply(*x) if isinstance(x, Pending) else x
 
 
 class _Mix(torch.autograd.Function):
@@ -99,20 +110,19 @@ class RMSNorm(nn.Module):
         return _Norm.apply(x)
 
 
-class _LinearAdd(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        stream.view(-1, stream.shape[-1]).addmm_(x.flatten(0, -2), weight.to(x.dtype).t())
-        ctx.mark_dirty(stream)
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return stream
+        return F.linear(x, weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
-        d_stream = d_stream.contiguous()
-        return d_stream, d_stream @ weight.to(x.dtype), weight_gradient(d_stream, x, weight.dtype)
+        d_out = d_out.contiguous()
+        dx = d_out @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(d_out, x, weight.dtype)
 
 
 class Linear(nn.Module):
@@ -123,16 +133,9 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor | Pending:
-        """(..., in_features) -> (..., out_features).
-
-        Args:
-            x: the input.
-            add_to: (..., out_features), x's dtype, contiguous: the product is added to this tensor in place and it is returned.
-        """
-        if add_to is None:
-            return F.linear(x, self.weight.to(x.dtype))
-        return _LinearAdd.apply(add_to, x, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features); keeps x for backward, and no cast copy of the weight."""
+        return _Linear.apply(x, self.weight)
 
 
 def _stacked(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -200,24 +203,28 @@ class NormLinear(nn.Module):
 
 class _ReluSquaredMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
-        normed, rstd = ops(x).norm_forward(x)
+    def forward(ctx: Any, x: Tensor, pending: Tensor | None, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
+        if pending is None:
+            x, (normed, rstd) = x.view_as(x), ops(x).norm_forward(x)
+        else:
+            x, normed, rstd = ops(x).add_norm_forward(x, pending)
         activated = ops(x).relu_squared_(F.linear(normed, w_fc.to(x.dtype)))
         del normed
         ctx.save_for_backward(x, rstd, activated, w_fc, w_proj)
-        # x leaves again beside the branch: so the gradient that passes the branch by is added inside the norm's backward.
-        return x.view_as(x), F.linear(activated, w_proj.to(x.dtype))
+        ctx.pending = pending is not None
+        # x leaves beside the branch: so the gradient that passes the branch by is added inside the norm's backward.
+        return x, F.linear(activated, w_proj.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_stream: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, d_stream: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, activated, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
         d_w_proj = weight_gradient(dy, activated, w_proj.dtype)
         d_hidden = ops(x).relu_squared_backward_(dy @ w_proj.to(x.dtype), activated)
         d_normed = d_hidden @ w_fc.to(x.dtype)
         dx, normed = ops(x).norm_backward(d_normed, x, rstd, d_stream.contiguous())
-        return dx, weight_gradient(d_hidden, normed, w_fc.dtype), d_w_proj
+        return dx, dx if ctx.pending else None, weight_gradient(d_hidden, normed, w_fc.dtype), d_w_proj
 
 
 class ReluSquaredMLP(nn.Module):
@@ -230,6 +237,7 @@ class ReluSquaredMLP(nn.Module):
         self.c_proj = Linear(hidden, width, dtype)
 
     def forward(self, x: Tensor | Pending, settle: bool = True) -> Tensor | Pending:
-        """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
-        pending = Pending(*_ReluSquaredMLP.apply(settled(x), self.c_fc.weight, self.c_proj.weight))
+        """(..., D), or the two parts of it -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
+        stream, before = x if isinstance(x, Pending) else (x, None)
+        pending = Pending(*_ReluSquaredMLP.apply(stream, before, self.c_fc.weight, self.c_proj.weight))
         return settled(pending) if settle else pending

@@ -24,6 +24,7 @@ from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_b
 from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE
+from nvfp8.reference_math import add as add
 from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
@@ -43,6 +44,12 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     normed, rstd = norm(wide(x))
     return normed.to(x.dtype), rstd
+
+
+def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`add`, and the norm of the sum as it was rounded: x (..., D), x̂ (..., D), 1/rms (...)."""
+    x = add(stream, branch)
+    return x, *norm_forward(x)
 
 
 def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ dimension.
 import torch
 from torch import Tensor
 
-from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
+from nvfp8.reference_math import add, heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
 from nvfp8.rounding import FORMATS
 
 
@@ -97,7 +97,7 @@ def mix_norm_quantize(
 def add_norm_quantize(
     stream: Tensor, branch: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A branch added to the residual stream, and the sum's RMSNorm in FP8.
+    """A branch added to the residual stream, rounded stochastically as in `add`, and the sum's RMSNorm in FP8.
 
     Args:
         stream: (..., D) bf16.
@@ -109,7 +109,7 @@ def add_norm_quantize(
     Returns:
         x = stream + branch (..., D) in stream's dtype, norm(x) (M, D) in FP8, 1/rms of x (...) fp32.
     """
-    x = (wide(stream) + wide(branch)).to(stream.dtype)
+    x = add(stream, branch)
     normed, rstd = norm(wide(x))
     return x, _rows(normed, scale, dtype, amax), rstd
 

@@ -41,11 +41,11 @@ class TELinear(nn.Module):
 
         self.engine: Engine | None = Engine(recipe, make, {"weight": (self,)}, fp8_weights)
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(..., in_features) bf16 -> (..., out_features), plus `add_to` where given; not for a projection that was joined."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features); not for a projection that was joined."""
         assert self.engine is not None, "joined with others: they compute together"
         out: Tensor = self.engine(x)
-        return out if add_to is None else add_to + out
+        return out
 
 
 class TENormLinear(nn.Module):
@@ -97,8 +97,9 @@ class TEMLP(nn.Module):
 
         self.engine = Engine(recipe, make, {"fc1_weight": (c_fc,), "fc2_weight": (c_proj,)}, fp8_weights, self)
 
-    def forward(self, x: Tensor, settle: bool = True) -> Tensor | Pending:
-        """(..., D) -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
+    def forward(self, x: Tensor | Pending, settle: bool = True) -> Tensor | Pending:
+        """(..., D), or the two parts of it -> (..., D): the stream with the MLP's branch added, or, to be settled later, both."""
+        x = settled(x)
         pending = Pending(x, self.engine(x))
         return settled(pending) if settle else pending
 
@@ -159,10 +160,10 @@ class SeparateMLP(nn.Module):
         super().__init__()
         self.norm, self.c_fc, self.c_proj = RMSNorm(), c_fc, c_proj
 
-    def forward(self, x: Tensor, settle: bool = True) -> Tensor:
-        """(..., D) -> (..., D), settled in any case."""
-        out: Tensor = self.c_proj(self.c_fc(self.norm(x)).relu().square(), add_to=x)
-        return out
+    def forward(self, x: Tensor | Pending, settle: bool = True) -> Tensor:
+        """(..., D), or the two parts of it -> (..., D), settled in any case."""
+        x = settled(x)
+        return settled(Pending(x, self.c_proj(self.c_fc(self.norm(x)).relu().square())))
 
 
 class _LogitsLoss(torch.autograd.Function):

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, roomy, to_fp8
+from nvfp8.kernels.norm import store_dithered
 from nvfp8.reference import NORM_EPS
 
 SPLIT = False  # whether backward sums the rows in a pass by itself
@@ -40,9 +41,12 @@ def _norm_quantize(
         x += tl.load(PENDING + at + column, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at + column, mask, 0.0).to(tl.float32)
-    stored = x.to(STREAM.dtype.element_ty)
-    tl.store(STREAM + at + column, stored, mask)
-    x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
+    if MIX:
+        stored = x.to(STREAM.dtype.element_ty)
+        tl.store(STREAM + at + column, stored, mask)
+        x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
+    else:
+        x = store_dithered(STREAM, at + column, x, mask)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
     tl.store(RSTD + row, rstd)
     normed = x * rstd

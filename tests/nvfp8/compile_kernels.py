@@ -64,6 +64,7 @@ def call_everything() -> None:
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
             kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
+            kernels.add(x, x), kernels.add_norm_forward(x, x)
             kernels.mix_norm_backward(x, x, x, None, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x, x0, lambdas, rstd, x)
             kernels.mix_forward(x, None, x0, lambdas, 12)

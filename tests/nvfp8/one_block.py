@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp8.attention import causal_attention, project_heads
+from nvfp8.layers import Pending
 from nvfp8.precision import Precision, fp32
 from nvfp8.recipe import RECIPES
 
@@ -57,7 +58,7 @@ def run(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
     stream, x0, head, qkv = made["qkv"](made["norm"](x), x0, lambdas, 12)
     q, k, v = qkv.split(WIDTH, -1)
     mixed = q + v * head.mean(-1, keepdim=True).sigmoid() + k
-    x = made["mlp"](made["c_proj"](mixed, add_to=stream), settle=False)
+    x = made["mlp"](Pending(stream, made["c_proj"](mixed)), settle=False)
     # Once more in front of the next block, which adds what the MLP left pending.
     stream, x0, _, projected = made["next"](x, x0, lambdas, 12)
     out = stream + 0.1 * projected + 0.1 * x0
@@ -77,7 +78,7 @@ def run_attention(made: nn.ModuleDict, given: list[Tensor]) -> Tensor:
     gate = 3 * head[..., :4].sigmoid() if table is not None else None
     q, k, v = project_heads(qkv, cos, sin, heads, gate, table, None if table is None else ids)
     out = causal_attention(q, k, v, length, "sdpa" if x.is_cuda else "plain")
-    x = made["mlp"](made["c_proj"](out.flatten(2), add_to=stream), settle=False)
+    x = made["mlp"](Pending(stream, made["c_proj"](out.flatten(2))), settle=False)
     stream, x0, _, projected = made["next"](x, x0, lambdas, 12)
     out = stream + 0.1 * projected + 0.1 * x0
     return (out.view(TOKENS, WIDTH) * weigh).sum()

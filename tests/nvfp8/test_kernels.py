@@ -70,6 +70,15 @@ def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_add_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    stream, branch = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+    kernel, twin = kernels.add_norm_forward(stream, branch), reference.add_norm_forward(stream, branch)
+    assert torch.equal(kernels.add(stream, branch), twin[0])
+    assert torch.equal(kernel[0], twin[0])
+    compare(kernel[1:], twin[1:], reference.norm_forward(twin[0].double()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_pending", [True, False])
 @pytest.mark.parametrize("with_x0", [True, False])
 def test_mix_norm(shape: tuple[int, ...], with_x0: bool, with_pending: bool, dtype: torch.dtype) -> None:

@@ -88,29 +88,29 @@ def test_norm_linear_with_unused_outputs() -> None:
     check(list(ours), list(torch.autograd.grad(exact_out.square().sum(), wide)), torch.float32)
 
 
-def test_linear_adds_in_place(dtype: torch.dtype) -> None:
+def test_linear(dtype: torch.dtype) -> None:
     layer = Linear(40, 24)
     weight = set_weight(layer, 1)
-    stream, x = leaf(2, 5, 24, seed=2, dtype=dtype), leaf(2, 5, 40, seed=3, dtype=dtype)
-    target = stream * 1.0
-    out = layer(x, add_to=target)
-    assert out.data_ptr() == target.data_ptr()
+    x = leaf(2, 5, 40, seed=3, dtype=dtype)
+    out = layer(x)
     gradient = torch.randn_like(out)
-    ours = torch.autograd.grad(out, [stream, x, weight], gradient)
-    wide = doubles(stream, x, weight)
-    exact_out = wide[0] + F.linear(wide[1], wide[2])
+    ours = torch.autograd.grad(out, [x, weight], gradient)
+    wide = doubles(x, weight)
+    exact_out = F.linear(*wide)
     check([out, *ours], [exact_out, *torch.autograd.grad(exact_out, wide, gradient.double())], dtype)
 
 
-def test_mlp(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pending", [False, True])
+def test_mlp(dtype: torch.dtype, pending: bool) -> None:
     layer = ReluSquaredMLP(32, 128)
     weights = [set_weight(layer.c_fc, 1), set_weight(layer.c_proj, 2)]
-    x = leaf(2, 7, 32, seed=3, dtype=dtype)
-    out = layer(x)
+    parts = [leaf(2, 7, 32, seed=3 + i, dtype=dtype) for i in range(1 + pending)]
+    out = layer(Pending(*parts) if pending else parts[0])
     gradient = torch.randn_like(out)
-    ours = torch.autograd.grad(out, [x, *weights], gradient)
-    wide = doubles(x, *weights)
-    exact_out = wide[0] + F.linear(F.linear(norm(wide[0]), wide[1]).relu().square(), wide[2])
+    ours = torch.autograd.grad(out, [*parts, *weights], gradient)
+    wide = doubles(*parts, *weights)
+    x = sum(wide[:-2])
+    exact_out = x + F.linear(F.linear(norm(x), wide[-2]).relu().square(), wide[-1])
     check([out, *ours], [exact_out, *torch.autograd.grad(exact_out, wide, gradient.double())], dtype)
 
 
@@ -183,12 +183,20 @@ def test_project_heads(values: bool, dtype: torch.dtype) -> None:
 
 
 def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
-    """Branches begin at zero and grow: added to a bf16 stream by itself, one of a tenth of the last bit would stay zero."""
+    """Branches begin at zero and grow: rounded to nearest, a sum with a tenth of the stream's last bit is the stream."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     stream = (1 + torch.rand(1024, 1024, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
     x0 = torch.randn(1024, 1024, device=DEVICE, generator=generator).bfloat16()
-    branch = torch.full_like(stream, 2.0**-7 / 10)
-    assert torch.equal(settled(Pending(stream, branch)), stream)
+    size = 2.0**-7 / 10
+    branch = torch.full_like(stream, size)
+    assert torch.equal(stream + branch, stream)
+
+    def mean(x: Tensor) -> float:
+        return float(x.float().mean(dtype=torch.float64))
+
+    added = settled(Pending(stream, branch))
+    assert abs((mean(added) - mean(stream)) / size - 1) < 0.1
+    assert torch.equal(added, settled(Pending(stream, branch)))
     lambdas = torch.tensor([1.1, 0.1], device=DEVICE)
-    with_branch, without = (mix(x, x0, lambdas)[0].float().mean() for x in (Pending(stream, branch), stream))
-    assert abs((with_branch - without) / (1.1 * 2.0**-7 / 10) - 1) < 0.1
+    with_branch, without = (mean(mix(x, x0, lambdas)[0]) for x in (Pending(stream, branch), stream))
+    assert abs((with_branch - without) / (1.1 * size) - 1) < 0.1
