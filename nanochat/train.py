@@ -178,10 +178,7 @@ class Run:
         self.progress = Progress(**saved.state["progress"])
         if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
             self.progress.best_bpb = None
-        before, now = (
-            asdict(TrainConfig()) | saved.state["train_config"],
-            asdict(config),
-        )  # what did not exist was as it is by default
+        before, now = asdict(TrainConfig()) | saved.state["train_config"], asdict(config)  # what did not exist was as by default
         names = now.keys() - {"resume", "resume_from_step"}
         self.changed = [f"{name} {before[name]} -> {now[name]}" for name in sorted(names) if before[name] != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])

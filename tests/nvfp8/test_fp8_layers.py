@@ -15,7 +15,6 @@ from nvfp8 import reference, te
 from nvfp8.layers import Pending
 from nvfp8.precision import FP8Precision, bf16, fp8
 from nvfp8.precision import te as te_precision
-from nvfp8.quantize import ask, asked, gradient, hand, hand_only
 from nvfp8.recipe import RECIPES, parse_recipe
 from nvfp8.scaling import Scaling, Site
 
@@ -256,68 +255,6 @@ def test_current_scaling_measures_every_gradient(casts: list[Any]) -> None:
     gradients_cast = [shape for shape, rows, columns in casts if rows and columns]
     # Of next, the MLP's output, attention's output, q k v; the one before relu² is cast where it is made.
     assert gradients_cast == [(TOKENS, WIDTH), (TOKENS, WIDTH), (TOKENS, WIDTH), (TOKENS, 3 * WIDTH)]
-
-
-def test_part_of_a_gradient_is_not_taken_for_all_of_it() -> None:
-    """What is read twice has a gradient that nobody made in FP8."""
-    precision = fp8(RECIPES["delayed"], emulated=True)
-    linear = filled(precision.linear(32, 32))
-    joined = precision.norm_linear(filled(precision.linear(32, 32)))
-    scaling = precision.scaling(nn.ModuleList([linear, joined]))
-    x, stream, x0 = leaf(16, 32, seed=1), leaf(16, 32, seed=2), leaf(16, 32, seed=3)
-    lambdas = torch.tensor([1.0, 0.5], device=DEVICE)
-
-    def gradient_of(twice: bool) -> Tensor:
-        with precision.autocast(1.0):
-            pending = Pending(stream, linear(x))
-            assert asked(pending.branch) is not None
-            loss = joined(pending, x0, lambdas, 0)[3].float().square().sum()
-            if twice:
-                loss = loss + 100 * pending.branch.float().sum()
-        return torch.autograd.grad(loss, linear.weight)[0]
-
-    gradient_of(True)
-    scaling.update()
-    added = 100 * x.detach().float().sum(0).expand(32, 32)
-    both, one = gradient_of(True).float(), gradient_of(False).float()
-    assert decibels(both - one, added.double()) > 20
-
-
-def test_what_was_handed_over_counts_for_the_tensor_as_it_was() -> None:
-    precision = fp8(RECIPES["delayed"], emulated=True)
-    layer = filled(precision.linear(32, 32))
-    scaling = precision.scaling(layer)
-    site = layer.projections[0].dy
-    scaling.begin(torch.device(DEVICE), 1.0)
-    dy = leaf(16, 32, seed=1).detach()
-    q, t = (torch.zeros(shape, device=DEVICE).to(site.dtype) for shape in ((16, 32), (32, 16)))
-    hand(dy, site, q, t)
-    assert gradient(dy, site).q is q and gradient(dy, site).t is t
-    assert gradient(dy * 1, site).q is not q and gradient(dy, layer.projections[0].x).q is not q
-    dy.add_(1)
-    assert gradient(dy, site).q is not q
-
-
-def test_a_gradient_in_fp8_only_cannot_be_used_as_one() -> None:
-    precision = fp8(RECIPES["delayed"], emulated=True)
-    layer = filled(precision.linear(32, 32))
-    scaling = precision.scaling(layer)
-    scaling.begin(torch.device(DEVICE), 1.0)
-    site = layer.projections[0].dy
-    q = torch.zeros(16, 32, device=DEVICE).to(site.dtype)
-    dy = hand_only(torch.Size((2, 8, 32)), torch.bfloat16, site, q, q.t().contiguous())
-    assert dy.shape == (2, 8, 32) and dy.untyped_storage().nbytes() == 2
-    assert gradient(dy, site).q is q and bool((dy + 1).isnan().all())
-    with pytest.raises(ValueError, match="multiples of 16"):
-        layer.projections[0].dgrad(gradient(dy[..., :24], site), layer.projections[0].weight(), torch.bfloat16)
-
-
-def test_views_carry_no_mark() -> None:
-    precision = fp8(RECIPES["delayed"], emulated=True)
-    layer = filled(precision.linear(32, 32))
-    precision.scaling(layer)
-    x = ask(leaf(16, 32, seed=1) * 1, layer.projections[0].dy)
-    assert asked(x) is layer.projections[0].dy and asked(x.view(2, 8, 32)) is None and asked(x + 1) is None and asked(None) is None
 
 
 # ------------------------------------------------------------------------------------------------- what is kept, and cast when
