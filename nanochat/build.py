@@ -101,9 +101,14 @@ def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
         if reason is not None:
             raise BadInput(f"--precision fp8: {reason}; --precision fp8-emulated has the same numerics anywhere")
     try:
-        return fp8(parse_recipe("delayed" if options.recipe == "auto" else options.recipe), emulated=name == "fp8-emulated")
+        chosen = fp8(parse_recipe("delayed" if options.recipe == "auto" else options.recipe), emulated=name == "fp8-emulated")
     except ValueError as error:
         raise BadInput(f"--precision {name}: {error}") from error
+    for feature in chosen.recipe.features if name == "fp8" else ():
+        reason = missing(feature, torch.cuda.get_device_capability())
+        if reason is not None:
+            raise BadInput(f"--precision fp8: recipe {chosen.recipe.name}: {reason}; use --recipe delayed")
+    return chosen
 
 
 def _transformer_engine(device_type: str, options: EngineOptions) -> Precision | str:

@@ -73,13 +73,12 @@ class TrainConfig:
         Raises:
             BadInput: a number out of its range, an FP8 recipe or a format of state that there is not, or flags against each other.
         """
-        if self.fp8 and (self.precision, self.recipe) not in (("auto", "auto"), ("fp8", "current")):
-            raise BadInput("--fp8 is nanochat's way to say --precision fp8 --recipe current: give the one or the other")
-        if self.fp8 and self.fp8_recipe != "tensorwise":
-            raise BadInput(f"--fp8-recipe {self.fp8_recipe}: our own FP8 layers scale by tensor so far: use tensorwise")
         if self.fp8:
+            recipe = {"tensorwise": "current"}.get(self.fp8_recipe, self.fp8_recipe)
+            if (self.precision, self.recipe) not in (("auto", "auto"), ("fp8", recipe)):
+                raise BadInput(f"--fp8 is nanochat's way to say --precision fp8 --recipe {recipe}: give the one or the other")
             object.__setattr__(self, "precision", "fp8")
-            object.__setattr__(self, "recipe", "current")
+            object.__setattr__(self, "recipe", recipe)
         for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nvfp8 import scaling, te_engine, te_layers
+from nvfp8.fp8_fine_layers import FineLinear, FineMLP, FineNormLinear
 from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
@@ -109,8 +110,8 @@ def bf16() -> Precision:
     return Precision("bf16", torch.bfloat16)
 
 
-def _not_divisible(recipe: Recipe, tokens: int, width: int, multiple: int) -> str | None:
-    for count, what in ((tokens, "tokens a micro-batch"), (width, "channels")):
+def _not_divisible(recipe: Recipe, tokens: int, width: int, of_tokens: int, of_width: int) -> str | None:
+    for count, multiple, what in ((tokens, of_tokens, "tokens a micro-batch"), (width, of_width, "channels")):
         if count % multiple:
             return f"recipe {recipe.name} needs a multiple of {multiple} {what}, not {count:,}"
     return None
@@ -177,7 +178,7 @@ class TEPrecision(Precision):
     def refuses(self, tokens: int, width: int) -> str | None:
         """FP8 GEMMs want multiples of 16, scalings by block of 128, in every dimension."""
         multiple = 16 if self.recipe.fprop.left.scaling in ("delayed", "current") else 128
-        return _not_divisible(self.recipe, tokens, width, multiple)
+        return _not_divisible(self.recipe, tokens, width, multiple, multiple)
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
@@ -238,18 +239,28 @@ class FP8Precision(Precision):
         self.made.add(self.path)
         return self.recipe.keeps_in_bf16(self.path)
 
-    def linear(self, in_features: int, out_features: int) -> FP8Linear:
+    @property
+    def _fine(self) -> bool:
+        """Whether scales are finer than one a tensor."""
+        return self.recipe.fprop.left.scaling not in ("delayed", "current")
+
+    def linear(self, in_features: int, out_features: int) -> FP8Linear | FineLinear:
         """A projection in FP8."""
-        return FP8Linear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, self._in_bf16())
+        made = FineLinear if self._fine else FP8Linear
+        return made(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, self._in_bf16())
 
     def norm_linear(self, *projections: Projection) -> JoinedProjections:
-        """Residual mix, norm and projections, one kernel and one GEMM."""
+        """Residual mix, norm and projections in one GEMM."""
+        made = FineNormLinear if self._fine else FP8NormLinear
         given = cast(tuple[Linear, ...], projections)
-        return FP8NormLinear(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16())
+        return made(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16())
 
     def mlp(self, width: int, hidden: int) -> MLP:
-        """The MLP, relu² inside its GEMMs."""
+        """The MLP; with one scale a tensor relu² is inside its GEMMs."""
         c_fc, c_proj = self.at("c_fc").linear(width, hidden), self.at("c_proj").linear(hidden, width)
+        if isinstance(c_fc, FineLinear) and isinstance(c_proj, FineLinear):
+            return FineMLP(c_fc, c_proj)
+        assert isinstance(c_fc, FP8Linear) and isinstance(c_proj, FP8Linear)
         return FP8ReluSquaredMLP(c_fc, c_proj, self.recipe, self.emulated)
 
     def scaling(self, model: nn.Module) -> scaling.ScalingState:
@@ -272,17 +283,22 @@ class FP8Precision(Precision):
         return scaling.autocast(loss_scale)
 
     def refuses(self, tokens: int, width: int) -> str | None:
-        """FP8 GEMMs want multiples of 16 in every dimension."""
-        return _not_divisible(self.recipe, tokens, width, 16)
+        """FP8 GEMMs want multiples of 16 in every dimension, cuBLAS's scales of 128×128 blocks come in fours."""
+        multiples = (128, 512) if self.recipe.fprop.left.scaling == "block1x128" else (16, 16)
+        return _not_divisible(self.recipe, tokens, width, *multiples)
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
         excepted = [name for name in self.made if self.recipe.keeps_in_bf16(name)]
-        kept = f"{', '.join(self.recipe.bf16)} ({len(excepted)} of {len(self.made)} GEMMs)" if self.recipe.bf16 else "none"
-        return {
+        fused = {
             "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
             "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix",
+        }
+        apart = {part: "FP8 GEMM, casts in plain PyTorch, each by itself" for part in fused}
+        kept = f"{', '.join(self.recipe.bf16)} ({len(excepted)} of {len(self.made)} GEMMs)" if self.recipe.bf16 else "none"
+        return {
+            **(apart if self._fine else fused),
             "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
             "FP8": "emulated in fp32" if self.emulated else "tensor cores",
             "GEMMs left in bf16": kept,
@@ -299,15 +315,15 @@ def fp8(recipe: Recipe, *, emulated: bool = False) -> FP8Precision:
     """Our own FP8 layers with `recipe`.
 
     Args:
-        recipe: scaled by tensor, delayed or current.
+        recipe: in FP8; scaled by tensor it is fast, by row or block it is there for comparison.
         emulated: the same numerics by plain PyTorch, on any device.
 
     Raises:
         ValueError: a recipe that these layers have not; the message says what they have.
     """
     x, w, dy = recipe.fprop.left, recipe.fprop.right, recipe.dgrad.left
-    if any(operand.scaling not in ("delayed", "current") for operand in recipe.operands):
-        raise ValueError(f"recipe {recipe.name}: our own FP8 layers scale by tensor so far: use delayed, current or e4m3")
+    if not {operand.format for operand in recipe.operands} <= {"e4m3", "e5m2"} or "mx32" in (x.scaling, w.scaling, dy.scaling):
+        raise ValueError(f"recipe {recipe.name}: our own FP8 layers have delayed, current, e4m3, rowwise and blockwise")
     if (recipe.dgrad.right, recipe.wgrad.left, recipe.wgrad.right) != (w, dy, x):
         raise ValueError(f"recipe {recipe.name}: our own FP8 layers cast a tensor once for all GEMMs: {recipe.describe()}")
     return FP8Precision("fp8-emulated" if emulated else "fp8", torch.bfloat16, torch.bfloat16, recipe, emulated)

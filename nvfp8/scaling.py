@@ -145,11 +145,12 @@ class Site:
     def scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and its reciprocal for a tensor whose `amax`, 0-D fp32, was just measured; it is remembered too."""
         self.amax.copy_(torch.maximum(self.amax, amax))
-        scale = _scale_of(amax, self.largest, torch.ones_like(amax))
+        scale = scale_of(amax, self.largest, torch.ones_like(amax))
         return scale, scale.reciprocal()
 
 
-def _scale_of(amax: Tensor, largest: Tensor | float, otherwise: Tensor) -> Tensor:
+def scale_of(amax: Tensor, largest: Tensor | float, otherwise: Tensor) -> Tensor:
+    """What brings `amax`, fp32 of any shape, to `largest`; `otherwise` where it is 0 or not finite."""
     usable = (amax > 0) & (amax < torch.inf)
     return torch.where(usable, (largest / amax).clamp(max=_MOST), otherwise)
 
@@ -237,7 +238,7 @@ class Scaling:
             self.history.copy_(self.history.roll(1, 0))
             self.history[0].copy_(latest)
             expected = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(0)
-            self.scale.copy_(torch.where(self._renewed, _scale_of(expected, self._largest, self.scale), self.scale))
+            self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
             self.inverse.copy_(self.scale.reciprocal())
             self.seen = [before or amax > 0 for before, amax in zip(self.seen, amaxes, strict=True)]
         self.amax.zero_()

@@ -11,9 +11,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     default = EngineOptions()
     group.add_argument(
         "--recipe", default=default.recipe,
-        help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current, with te also blockwise, mxfp8 or nvfp4; delayed takes "
-        "settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent; --precision fp8 leaves what is named "
-        "in bf16, as in delayed:bf16=h.0+h.11.mlp+h.*.attn.c_proj (parts: attn.qkv, attn.c_proj, mlp.c_fc, mlp.c_proj) "
+        help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current or blockwise; with te also mxfp8 or nvfp4, with fp8 "
+        "rowwise; delayed takes settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent; "
+        "--precision fp8 leaves what is named in bf16, as in delayed:bf16=h.0+h.11.mlp+h.*.attn.c_proj (parts: attn.qkv, "
+        "attn.c_proj, mlp.c_fc, mlp.c_proj) "
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(

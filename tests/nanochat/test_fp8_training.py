@@ -44,6 +44,8 @@ def test_without_an_fp8_unit_one_line_names_the_emulation(monkeypatch: pytest.Mo
         choose_precision("fp8", "cuda", EngineOptions())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     assert choose_precision("fp8", "cuda", EngineOptions())[0].name == "fp8"
+    with pytest.raises(BadInput, match=r"--precision fp8: recipe blockwise: block scaling .* 8\.9; use --recipe delayed"):
+        choose_precision("fp8", "cuda", EngineOptions("blockwise"))
     assert choose_precision("fp8-emulated", "cpu", EngineOptions())[0].name == "fp8-emulated"
 
 
@@ -90,8 +92,7 @@ def test_a_micro_batch_that_fp8_gemms_do_not_take_is_refused() -> None:
 def test_nanochats_flag() -> None:
     config = TrainConfig(fp8=True)
     assert (config.precision, config.recipe) == ("fp8", "current") and replace(config, depth=4).fp8
-    with pytest.raises(BadInput, match=r"--fp8-recipe rowwise: .* use tensorwise"):
-        TrainConfig(fp8=True, fp8_recipe="rowwise")
+    assert TrainConfig(fp8=True, fp8_recipe="rowwise").recipe == "rowwise"
     with pytest.raises(BadInput, match="give the one or the other"):
         TrainConfig(fp8=True, precision="bf16")
 
@@ -177,7 +178,7 @@ class TestRuns:
         monkeypatch.setattr("nanochat.train.groups", slow_backout)
         train(replace(config, precision="bf16", recipe="auto", model_tag="plain"))
         plain = torch.tensor(losses("plain"))
-        for name in ("delayed", "current", "e4m3", "delayed:bf16=h.0+h.*.mlp.c_proj"):
+        for name in ("delayed", "current", "e4m3", "rowwise", "delayed:bf16=h.0+h.*.mlp.c_proj"):
             tag = name.replace(":", "-").replace("*", "x")
             train(replace(config, recipe=name, model_tag=tag))
             ours = torch.tensor(losses(tag))
