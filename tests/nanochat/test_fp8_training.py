@@ -53,8 +53,8 @@ def test_without_an_fp8_unit_one_line_names_the_emulation(monkeypatch: pytest.Mo
     ("options", "line"),
     [
         (
-            EngineOptions("rowwise"),
-            "--precision fp8-emulated: recipe rowwise: our own FP8 layers scale by tensor so far: use delayed",
+            EngineOptions("mxfp8"),
+            "--precision fp8-emulated: recipe mxfp8: our own FP8 layers have delayed, current, e4m3, rowwise",
         ),
         (EngineOptions("fp9"), "unknown recipe 'fp9'"),
         (EngineOptions("delayed:bf17=h.0"), "'bf17' cannot be set; what can: margin, .*, bf16"),
