@@ -143,9 +143,9 @@ def _norm_backward_quantize(
         tl.store(DX + first_token * D + at, dx.to(DX.dtype.element_ty), mask, eviction_policy="evict_first")
         codes = to_fp8(dx * scale, DTYPE)
         tl.store(DX_Q + first_token * D + at, codes, mask, eviction_policy="evict_first")
-        across = (start + channel) * M.to(tl.int64) + (first_token + token)
-        tl.store(DX_T + across, codes, mask)
-        tl.store(NORMED_T + across, to_fp8(normed * normed_scale, NORMED_DTYPE), mask)
+        corner = start * (first_token + left) + first_token  # start · M, in 64 bits
+        tl.store(DX_T + corner + (channel * M + token), codes, mask)
+        tl.store(NORMED_T + corner + (channel * M + token), to_fp8(normed * normed_scale, NORMED_DTYPE), mask)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(largest), 0))
     if MIX:
