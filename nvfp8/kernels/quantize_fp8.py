@@ -154,7 +154,7 @@ def relu_squared_backward_quantize(
     d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `nvfp8.reference_fp8.relu_squared_backward_quantize`."""
-    d_a = d_a.contiguous()
+    d_a, a_t = d_a.contiguous(), a_t.contiguous()
     m, n = d_a.shape
     dh, dh_t = (torch.empty(shape, dtype=dtype, device=d_a.device) for shape in ((m, n), (n, m)))
     if d_a.numel():
