@@ -26,8 +26,9 @@ def _heads_backward_quantize(
 ):  # fmt: skip
     head = tl.program_id(0)
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
-    token = first_token + tl.arange(0, TOKENS)
-    a, b = heads_gradient(DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, token, N, T, H, G, E, VALUES, SCALE, HALF)
+    a, b = heads_gradient(
+        DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first_token, N, T, H, G, E, VALUES, SCALE, TOKENS, HALF
+    )
     if AMAX is not None:
         raise_amax(AMAX, tl.maximum(largest_bits(a), largest_bits(b)))
     scale = tl.load(OUT_SCALE)

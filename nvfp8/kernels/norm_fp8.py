@@ -147,9 +147,9 @@ def _norm_backward_quantize(
         tl.store(DX + first_token * D + at, dx.to(DX.dtype.element_ty), mask, eviction_policy="evict_first")
         codes = to_fp8(dx * scale, DTYPE)
         tl.store(DX_Q + first_token * D + at, codes, mask, eviction_policy="evict_first")
-        across = (start + channel) * M.to(tl.int64) + (first_token + token)
-        tl.store(DX_T + across, codes, mask)
-        tl.store(NORMED_T + across, to_fp8(normed * normed_scale, NORMED_DTYPE), mask)
+        corner = start * (first_token + left) + first_token  # start · M, in 64 bits
+        tl.store(DX_T + corner + (channel * M + token), codes, mask)
+        tl.store(NORMED_T + corner + (channel * M + token), to_fp8(normed * normed_scale, NORMED_DTYPE), mask)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(largest), 0))
     if MIX:
@@ -195,6 +195,15 @@ def add_norm_quantize(
     return x, q, rstd
 
 
+def _tiles(d: int) -> tuple[int, int, int, int]:
+    """Tokens and channels of backward's tile, warps, and stages of its loads."""
+    if SPLIT:
+        return 64, 64, 8, 1
+    tokens, tile = (64, 128) if d <= 1024 else (32, 256)
+    # Two stages of five tensors are 112 KiB.
+    return (tokens, tile, 16, 2) if roomy() else (tokens, tile // 2, 8, 2)
+
+
 def _backward(
     d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, d_head: Tensor | None, x0: Tensor | None, lambdas: Tensor | None,
     d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
@@ -207,18 +216,12 @@ def _backward(
     normed_t = torch.empty(d, m, dtype=normed_dtype, device=x.device)
     dx_q, dx_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, d), (d, m)))
     width = 0 if d_head is None else d_head.shape[-1]
-    means = None
+    tokens, tile, warps, stages = _tiles(d)
+    means, span = None, triton.cdiv(d, tile) * tile
     if SPLIT:
-        means = torch.empty(m, dtype=torch.float32, device=x.device)
-        tokens, tile, warps, stages = 64, 64, 8, 1
-        span = tile
+        means, span = torch.empty(m, dtype=torch.float32, device=x.device), tile
         block = triton.next_power_of_2(d)
         _sum_rows[(m,)](d_normed, x, d_head, means, d, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
-    else:
-        tokens, tile, warps, stages = 64 if d <= 1024 else 32, 128 if d <= 1024 else 256, 16, 2
-        if not roomy():  # two stages of five tensors, 112 KiB, become half
-            tile, warps = tile // 2, 8
-        span = triton.cdiv(d, tile) * tile
     grid = triton.cdiv(d, span), triton.cdiv(m, tokens)
     partial = None if x0 is None else torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
     _norm_backward_quantize[grid](

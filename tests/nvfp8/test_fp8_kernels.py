@@ -18,8 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 STREAMS = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# Inside one tile; over tiles of every kernel with ends in all of them; multiples of 16, which are read in wide loads
-SHAPES = [(2, 5, 33), (1, 131, 270), (2, 48, 144)]
+# Inside one tile; over tiles of every kernel with ends in all of them; multiples of 16, which are read in wide loads; rows that are
+# long enough for other tiles
+SHAPES = [(2, 5, 33), (1, 131, 270), (2, 48, 144), (1, 35, 1040)]
 
 kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
 
@@ -204,7 +205,7 @@ def test_twins_of_the_mix(with_pending: bool, dtype: torch.dtype) -> None:
     assert error(found[1], dx0 + d_x0.double() if with_pending else dx0) < 1e-6
     for ours, exact in zip(found[3:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
         assert_codes(ours, exact)
-    assert abs(amax / dx.abs().max() - 1) < 1e-6
+    assert abs(amax / dx.abs().max() - 1) < 2e-6
 
 
 def test_twins_of_the_norm(dtype: torch.dtype) -> None:
@@ -218,7 +219,7 @@ def test_twins_of_the_norm(dtype: torch.dtype) -> None:
     (dx,) = torch.autograd.grad((normed * d_normed.double() + wide * d_stream.double()).sum(), wide)
     amax = scalar(0.0)
     found = reference.norm_backward_quantize(d_normed, x, rstd, d_stream, normed_scale, E4M3, scale, dtype, amax)
-    assert error(found[0], dx) < 1e-6 and abs(amax / dx.abs().max() - 1) < 1e-6
+    assert error(found[0], dx) < 1e-6 and abs(amax / dx.abs().max() - 1) < 2e-6
     for ours, exact in zip(found[1:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
         assert_codes(ours, exact)
 
@@ -235,7 +236,7 @@ def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
     ):
         for ours, theirs in zip(found, both(exact, a_scale, E4M3), strict=True):
             assert_codes(ours, theirs)
-        assert abs(amax / exact.max() - 1) < 1e-6
+        assert abs(amax / exact.max() - 1) < 2e-6
     a_t = found[1]
     dy, w_t = random(m, k, seed=3).to(dtype), random(n, k, seed=4).to(E4M3)
     d_a = 0.5 * (dy.double() @ w_t.double().t())
@@ -251,7 +252,7 @@ def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
 
 
 def heads_arguments(stream: torch.dtype, values: bool, heads: tuple[int, int], size: int) -> tuple[Tensor | None, ...]:
-    batch, length, rows = 2, 67, 11
+    batch, length, rows = 2, 37, 11
     n_head, n_kv = heads
     qkv = random(batch, length, (n_head + 2 * n_kv) * size, dtype=stream, seed=1)
     angle = random(length, size // 2, seed=2)
@@ -279,12 +280,20 @@ def test_twin_of_the_heads(values: bool, dtype: torch.dtype) -> None:
 # Kernels against twins
 
 
-def compare(name: str, *arguments: object, raised: bool = True) -> tuple[Tensor | None, ...]:
-    """Run a kernel and its twin; outputs must agree, and both must leave an amax alone that is large already."""
+def compare(name: str, *arguments: object, exact: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Run a kernel and its twin: outputs and amax must agree, be the same again, and an amax that is large already must stay.
+
+    With `exact`, which both results are copies of, neither may err more than 1.05 times as much as the twin.
+    """
     amaxes = scalar(0.0), scalar(0.0)
     ours, theirs = (getattr(module, name)(*arguments, amax) for module, amax in zip((kernels, reference), amaxes, strict=True))
-    assert_same(ours, theirs)
-    assert abs(amaxes[0] / amaxes[1] - 1) < 2e-6 or (amaxes[0] == amaxes[1] == 0), (name, amaxes)
+    if exact is None:
+        assert_same(ours, theirs)
+        assert abs(amaxes[0] / amaxes[1] - 1) < 2e-6 or (amaxes[0] == amaxes[1] == 0), (name, amaxes)
+    else:
+        assert torch.equal(ours[1].view(torch.uint8), ours[0].view(torch.uint8).t())
+        assert error(ours[0].float(), exact) <= 1.05 * error(theirs[0].float(), exact)
+        assert abs(amaxes[0] / amaxes[1] - 1) < 1e-2, (name, amaxes)
     high = scalar(1e9)
     again = getattr(kernels, name)(*arguments, high)
     assert high == 1e9
@@ -297,18 +306,18 @@ def compare(name: str, *arguments: object, raised: bool = True) -> tuple[Tensor 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("complete", [True, False])
-def test_mix(shape: tuple[int, ...], complete: bool, split: bool, dtype: torch.dtype, stream: torch.dtype) -> None:
+def test_mix(shape: tuple[int, ...], complete: bool, split: bool, stream: torch.dtype) -> None:
     x, x0, d_stream, d_normed, d_x0 = (random(*shape, dtype=stream, seed=seed) for seed in range(5))
     pending = random(*shape, dtype=stream, seed=6) if complete else None
     width = 12 if complete else 0
     d_head = random(*shape[:-1], width, dtype=stream, seed=7) if complete else None
     # Short mantissas: products are exact, so a fused multiply-add rounds the bf16 stream as the twin does.
     lambdas, normed_scale = torch.tensor([1.125, 0.1875], device=DEVICE), scalar(31.0)
-    mixed, _, _, rstd = compare("mix_norm_quantize", x, pending, x0, lambdas, width, normed_scale, dtype)
+    mixed, _, _, rstd = compare("mix_norm_quantize", x, pending, x0, lambdas, width, normed_scale, E4M3)
     arguments = (d_stream, d_normed, d_head, mixed, x0, lambdas, rstd, d_x0 if complete else None)
     amaxes = scalar(0.0), scalar(0.0)
     ours, twin = (
-        module.mix_norm_backward_quantize(*arguments, normed_scale, E4M3, scalar(0.37), dtype, amax)
+        module.mix_norm_backward_quantize(*arguments, normed_scale, E4M3, scalar(0.37), E5M2, amax)
         for module, amax in zip((kernels, reference), amaxes, strict=True)
     )
     # dλ is a sum with much cancellation: its error is measured against the size of its terms, not of what is left.
@@ -338,7 +347,8 @@ def test_heads(heads: tuple[int, int], size: int, values: bool, dtype: torch.dty
     compare("heads_backward_quantize", *heads_arguments(stream, values, heads, size), scalar(0.37), dtype)
 
 
-# Multiples of 16, all that TMA takes. On a GPU also more tiles than it has processors, so that programs walk over several
+# Multiples of 16, all that TMA takes. On a GPU also more tiles than it has processors, so that programs walk over several; a
+# tensor core does not add as exactly as the twin, so there both are measured by the exact product.
 GEMMS = [(16, 16, 16), (48, 112, 80), (80, 144, 32)]
 if DEVICE == "cuda":
     GEMMS += [(2048, 3072 + 16, 272), (4096 + 16, 2048, 768)]
@@ -347,8 +357,16 @@ if DEVICE == "cuda":
 @pytest.mark.parametrize(("m", "n", "k"), GEMMS)
 def test_gemm(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, w, w_t, dy = (random(rows, k, seed=i).to(E4M3) for i, rows in enumerate((m, n, n, m)))
-    _, a_t = compare("gemm_relu_squared", x, w, scalar(0.25), scalar(3.0), E4M3)
-    compare("gemm_relu_squared_backward", dy.float().to(dtype), w_t, scalar(0.25), a_t, scalar(3.0), scalar(0.37), dtype)
+    dy = dy.float().to(dtype)
+    # Scales that use the formats' range: what is squared is up to 5σ, σ² = K / 16.
+    inverse, a_scale, scale = scalar(0.25), scalar(100 / k), scalar(10 / k)
+    exact = None
+    if DEVICE == "cuda":
+        exact = (0.25 * (x.double() @ w.double().t())).relu().square() * a_scale.double()
+    _, a_t = compare("gemm_relu_squared", x, w, inverse, a_scale, E4M3, exact=exact)
+    if exact is not None:
+        exact = 0.25 * (dy.double() @ w_t.double().t()) * 2 * (a_t.double().t() / a_scale.double()).sqrt() * scale.double()
+    compare("gemm_relu_squared_backward", dy, w_t, inverse, a_t, a_scale, scale, dtype, exact=exact)
 
 
 # What is not finite
