@@ -177,9 +177,9 @@ class Scaling:
         self.sites = [site for each in sites.values() for site in each]
         self.names = [site.what.format(layer) for layer, each in sites.items() for site in each]
         self.layers: dict[str, slice] = {}
+        end = 0
         for layer, each in sites.items():
-            start = max((part.stop for part in self.layers.values()), default=0)
-            self.layers[layer] = slice(start, start + len(each))
+            self.layers[layer] = slice(end, end := end + len(each))
         for index, site in enumerate(self.sites):
             site.owner, site.index = self, index
         self.seen = [False] * len(self.sites)
@@ -227,9 +227,8 @@ class Scaling:
         """
         if self.amax is None:
             return []
-        latest = self.amax.nan_to_num(
-            nan=torch.inf, posinf=torch.inf
-        ).contiguous()  # a maximum over ranks may lose a NaN, not an inf
+        # A maximum over ranks may lose a NaN, not an infinity.
+        latest = self.amax.nan_to_num(nan=torch.inf, posinf=torch.inf).contiguous()
         if dist.is_initialized():
             dist.all_reduce(latest, dist.ReduceOp.MAX)
         amaxes = latest.tolist()

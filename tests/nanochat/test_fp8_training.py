@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,22 @@ class TestRuns:
         assert ("scaling.safetensors:transformer.h.0.mlp.scale" in one) == (name == "delayed")
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
         assert losses("whole") == losses("parts")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo and CPU tensors")
+    def test_two_ranks_see_what_one_sees(self, config: TrainConfig, two_ranks: Callable[..., list[Any]]) -> None:
+        """A step's amaxes do not depend on how its rows are cut into micro-batches and ranks."""
+        config = replace(config, total_batch_size=2048, num_iterations=1, model_tag="two")
+        arguments = ["-m", "scripts.base_train", "--deterministic"]
+        for flag, value in vars(config).items():
+            if not isinstance(value, bool) and value not in (None, ""):
+                arguments += [f"--{flag.replace('_', '-')}={value}"]
+        for process in two_ranks(*arguments):
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+        train(replace(config, deterministic=True, model_tag="one"))
+        one, two = ({k: v for k, v in saved(tag, 1).items() if k.startswith("scaling")} for tag in ("one", "two"))
+        assert one.keys() == two.keys() and len(one) == 2 * 3 * config.depth
+        assert [key for key in one if not torch.equal(one[key], two[key])] == []
 
     def test_a_history_of_another_length_is_refused(self, config: TrainConfig) -> None:
         train(replace(config, num_iterations=2))

@@ -12,6 +12,7 @@ from one_block import HIDDEN, TOKENS, WIDTH, block, decibels, gradients, inputs,
 from torch import Tensor, nn
 
 from nvfp8 import reference, te
+from nvfp8.attention import causal_attention, choose_backend, project_heads
 from nvfp8.layers import Pending
 from nvfp8.precision import FP8Precision, bf16, fp8
 from nvfp8.precision import te as te_precision
@@ -227,6 +228,19 @@ def test_mlp(name: str, pending: bool, left_in_bf16: str) -> None:
         torch.testing.assert_close(layer(x), apart.stream + apart.branch)
 
 
+def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
+    """As in bf16 layers: attention's branch joins the stream stochastically rounded (docs/architecture.md)."""
+    precision = fp8(RECIPES["delayed"], emulated=True)
+    layer = filled(precision.mlp(256, 1024))
+    precision.scaling(layer)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    stream = (1 + torch.rand(1024, 256, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
+    branch = torch.full_like(stream, 2.0**-7 / 10)
+    with precision.autocast(1.0), torch.no_grad():
+        moved = (layer(Pending(stream, branch), settle=False).stream.float() - stream.float()).mean()
+    assert abs(float(moved) / (2.0**-7 / 10) - 1) < 0.1
+
+
 # ------------------------------------------------------------------------------------- what travels between layers in FP8
 
 
@@ -277,12 +291,11 @@ def test_a_block_keeps_sixteen_bytes_a_token_and_channel() -> None:
     head_dim = WIDTH // 4
     cos = torch.ones(TOKENS // 2, head_dim // 2, device=DEVICE, dtype=torch.bfloat16)
     stream_in = (x.view(2, TOKENS // 2, WIDTH) * 1, x0.view(2, TOKENS // 2, WIDTH) * 1)
-    from nvfp8.attention import causal_attention, project_heads
-
+    backend = choose_backend(DEVICE, torch.bfloat16, head_dim, TOKENS // 2)
     with precision.autocast(1 / TOKENS), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         stream, _, _, qkv = made["qkv"](*stream_in, lambdas, 0)
         q, k, v = project_heads(qkv, cos, cos, (4, 4), None, None, None)
-        out = causal_attention(q, k, v, TOKENS, "sdpa")
+        out = causal_attention(q, k, v, TOKENS, backend)
         made["mlp"](Pending(stream, made["c_proj"](out.flatten(2))), settle=False)
     for t in (*stream_in, lambdas, cos, *made.parameters()):  # there in any case
         kept.pop(t.untyped_storage().data_ptr(), None)

@@ -10,8 +10,8 @@ from nvfp8.precision import fp8
 from nvfp8.quantize import ask, asked, gradient, hand, hand_only
 from nvfp8.recipe import RECIPES
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE != "cpu" else []
 
 
 def leaf(*shape: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from nvfp8.quantize import quantize
 from nvfp8.recipe import RECIPES, Recipe, recipe
 from nvfp8.scaling import Scaling, Site
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
