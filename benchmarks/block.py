@@ -11,7 +11,7 @@ also mixes x0 into the stream and, every second one, adds a value embedding. Two
   block costs in a model.
 
 The floor is what no block can go below without other GEMMs: FP8 GEMMs (fast accumulation in fprop only) and attention alone.
-Medians; a gradient is written, not added to an earlier micro-batch's.
+Medians; a weight's gradient is written, not added to an earlier micro-batch's.
 """
 
 import argparse
@@ -77,9 +77,9 @@ class Stack:
     def both(self) -> None:
         """Forward and backward."""
         self.forward().backward(self.d_out)
-        self.model.zero_grad(set_to_none=True)
-        for leaf in self.leaves:
-            leaf.grad = None
+        # Tables keep theirs: it is added to row by row, and made once a step only.
+        for tensor in (*self.leaves, *self.model.transformer["h"].parameters()):
+            tensor.grad = None
 
     def kept_mib(self) -> float:
         """Memory that forward leaves behind: what backward needs, and the result."""
