@@ -2,9 +2,14 @@
 
 A program takes TOKENS × CHANNELS = 128 × 128 elements. A row of the tile is 256 bytes of bf16 in and 128 bytes of FP8 out, a row
 of its transpose 128 bytes too, so every access is whole 128-byte lines; in between the codes (never the wide numbers) change
-places through shared memory, 16 KiB a program, four at a time (`_dealt`). Some 12 to 16 instructions an element, where an H200
-has time for 27 at 4.3 TB/s and 4 bytes an element. Bytes a bf16 element: `quantize` 2 + 1 + 1, `relu_squared_quantize` the same,
+places through shared memory, 16 KiB a program. Bytes a bf16 element: `quantize` 2 + 1 + 1, `relu_squared_quantize` the same,
 `relu_squared_backward_quantize` 2 + 1 + 1 + 1. 32,768 × 1,536 elements are 3,072 programs of 8 warps, a thread holds 64 elements.
+
+The tile is taken in four quarters, rows 0, 4, 8 …, rows 1, 5, 9 … and so on. A thread reads 16 neighbours in one row of each, so
+it holds 4 neighbours of each column: words for the transpose, where single bytes would take four times the stores to shared
+memory. And as codes of several loads, they are converted as they are: of one load, Triton 3.6 would rather convert the bf16 numbers
+and compute again, which doubles both arithmetic and registers. 11 to 18 instructions an element come of it (sm_90), where an H200
+has time for 27 at 4.3 TB/s and 4 bytes an element, and 64 to 127 registers a thread.
 """
 
 import torch
@@ -19,44 +24,54 @@ BLOCK = 8192  # elements a program of `amax_`
 
 
 @triton.jit
-def _dealt(ROWS: tl.constexpr):
-    """The row of a tensor's tile that each row of the registers' tile holds: 0, 4, 8 and so on, then 1, 5, 9.
-
-    A thread reads 16 neighbours in each of 4 rows, 32 apart. Dealt out like this they are 4 neighbours of the tensor, so what it
-    hands over for the transpose is words of 4 bytes rather than single ones.
-    """
-    row = tl.arange(0, ROWS)
-    return row % (ROWS // 4) * 4 + row // (ROWS // 4)
+def _at(which: tl.constexpr, first_row, first_column, ROW_END, COLUMN_END, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where every fourth row of a tile, from row `which` on, lies in a matrix (ROW_END, COLUMN_END), and what of it exists."""
+    row = tl.arange(0, ROWS // 4)[:, None] * 4 + which
+    column = tl.arange(0, COLUMNS)[None, :]
+    at = first_row * COLUMN_END + first_column + (row * COLUMN_END + column)
+    return at, (first_row + row < ROW_END) & (first_column + column < COLUMN_END)
 
 
 @triton.jit
-def _in_order(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows that were dealt out, back in the tensor's order: other names for the same registers."""
-    return tl.reshape(tl.permute(tl.reshape(tile, (4, ROWS // 4, COLUMNS)), (1, 0, 2)), (ROWS, COLUMNS))
+def _interleaved(c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four times every fourth row, as one tile in order: other names for the same registers."""
+    pairs = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    return tl.reshape(tl.permute(pairs, (0, 2, 3, 1)), (ROWS, COLUMNS))
 
 
 @triton.jit
-def _dealt_out(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The reverse of `_in_order`."""
-    return tl.reshape(tl.permute(tl.reshape(tile, (ROWS // 4, 4, COLUMNS)), (1, 0, 2)), (ROWS, COLUMNS))
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The reverse of `_interleaved`."""
+    pairs = tl.permute(tl.reshape(tile, (ROWS // 4, 2, 2, COLUMNS)), (0, 3, 1, 2))
+    even, odd = tl.split(pairs)
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def _store(
-    Q, Q_T, codes, first_token, first_channel, M, N,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Write a tile (TOKENS, CHANNELS) of codes, tokens dealt out, into Q (M, N) and Q_T (N, M), whichever is wanted."""
+def _store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    token = tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
+    mask = (first_token + token < M) & (first_channel + channel < N)
+    across = first_channel * M + first_token + (channel * M + token)
+    tl.store(Q_T + across, _interleaved(c0, c1, c2, c3, TOKENS, CHANNELS), mask)
+
+
+@triton.jit
+def _quarter(
+    which: tl.constexpr, X, Q, scale, first_token, first_channel, M, N,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    if RELU_SQUARED:
+        x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
+        x = x * x
+    codes = to_fp8(x * scale, DTYPE)
     if ROWS:
-        token = _dealt(TOKENS)[:, None]
-        mask = (first_token + token < M) & (first_channel + channel < N)
-        tl.store(Q + first_token * N + first_channel + (token * N + channel), codes, mask)
-    if COLUMNS:
-        token = tl.arange(0, TOKENS)[:, None]
-        mask = (first_token + token < M) & (first_channel + channel < N)
-        across = first_channel * M + first_token + (channel * M + token)
-        tl.store(Q_T + across, _in_order(codes, TOKENS, CHANNELS), mask)
+        tl.store(Q + at, codes, mask)
+    return codes, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -64,43 +79,56 @@ def _quantize(
     X, SCALE, Q, Q_T, AMAX, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RELU_SQUARED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    first_token = tl.program_id(1).to(tl.int64) * TOKENS
-    first_channel = tl.program_id(0).to(tl.int64) * CHANNELS
-    token = _dealt(TOKENS)[:, None]
-    channel = tl.arange(0, CHANNELS)[None, :]
-    mask = (first_token + token < M) & (first_channel + channel < N)
-    x = tl.load(X + first_token * N + first_channel + (token * N + channel), mask, 0.0).to(tl.float32)
-    if RELU_SQUARED:
-        x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
-        x = x * x
+    token = tl.program_id(1).to(tl.int64) * TOKENS
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS
+    scale = tl.load(SCALE)
+    c0, b0 = _quarter(0, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c1, b1 = _quarter(1, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c2, b2 = _quarter(2, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c3, b3 = _quarter(3, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
     if AMAX is not None:
-        raise_amax(AMAX, largest_bits(x))
-    codes = to_fp8(x * tl.load(SCALE), DTYPE)
-    _store(Q, Q_T, codes, first_token, first_channel, M, N, ROWS, COLUMNS, TOKENS, CHANNELS)
+        raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    if COLUMNS:
+        _store_across(Q_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+
+
+@triton.jit
+def _gradient_quarter(
+    which: tl.constexpr, D_A, a, DH, factor, scale, first_token, first_channel, M, N,
+    DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    dh = tl.load(D_A + at, mask, 0.0).to(tl.float32) * (tl.sqrt(a.to(tl.float32)) * factor)
+    codes = to_fp8(dh * scale, DTYPE)
+    tl.store(DH + at, codes, mask)
+    return codes, dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _relu_squared_backward_quantize(
     D_A, A_T, A_SCALE, SCALE, DH, DH_T, AMAX, M, N, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    first_token = tl.program_id(1).to(tl.int64) * TOKENS
-    first_channel = tl.program_id(0).to(tl.int64) * CHANNELS
-    token = _dealt(TOKENS)[:, None]
-    channel = tl.arange(0, CHANNELS)[None, :]
-    mask = (first_token + token < M) & (first_channel + channel < N)
-    gradient = tl.load(D_A + first_token * N + first_channel + (token * N + channel), mask, 0.0).to(tl.float32)
-    # aᵀ is read as it lies, its rows dealt out too, and turned round as FP8.
-    channel = _dealt(CHANNELS)[:, None]
-    token = tl.arange(0, TOKENS)[None, :]
-    mask = (first_token + token < M) & (first_channel + channel < N)
-    a_t = _in_order(tl.load(A_T + first_channel * M + first_token + (channel * M + token), mask, 0.0), CHANNELS, TOKENS)
-    a = _dealt_out(tl.trans(a_t), TOKENS, CHANNELS).to(tl.float32)
-    # 2·√(a / scale) = √a · (2 / √scale): one factor for all instead of a division each
-    dh = gradient * (tl.sqrt(a) * (2.0 * tl.rsqrt(tl.load(A_SCALE))))
+    token = tl.program_id(1).to(tl.int64) * TOKENS
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS
+    scale = tl.load(SCALE)
+    factor = 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale): one factor for all instead of divisions
+    # aᵀ is read as it lies, in quarters too, and turned round as FP8.
+    at, mask = _at(0, channel, token, N, M, CHANNELS, TOKENS)
+    r0 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(1, channel, token, N, M, CHANNELS, TOKENS)
+    r1 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(2, channel, token, N, M, CHANNELS, TOKENS)
+    r2 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(3, channel, token, N, M, CHANNELS, TOKENS)
+    r3 = tl.load(A_T + at, mask, 0.0)
+    a0, a1, a2, a3 = _quarters(tl.trans(_interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
+    c0, b0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c1, b1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c2, b2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c3, b3 = _gradient_quarter(3, D_A, a3, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
     if AMAX is not None:
-        raise_amax(AMAX, largest_bits(dh))
-    codes = to_fp8(dh * tl.load(SCALE), DTYPE)
-    _store(DH, DH_T, codes, first_token, first_channel, M, N, True, True, TOKENS, CHANNELS)
+        raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    _store_across(DH_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
 
 
 @triton.jit
