@@ -169,6 +169,7 @@ class _MLP(torch.autograd.Function):
         dy, site = gradient(d_out, proj.dy), fc.x
         d_w_proj = proj.wgrad(dy, a_t, a_inverse)
         dh = _activate_backward(dy, proj, ctx.w_proj, a_t, a_scale, fc.dy, x.dtype)
+        del dy  # 2 bytes a token and channel
         d_normed = fc.dgrad(dh, ctx.w_fc, x.dtype).view(x.shape)
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
         dx, normed_t, q, t = site.kernels(x).norm_backward_quantize(

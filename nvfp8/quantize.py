@@ -100,9 +100,13 @@ def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: T
 
 
 def gradient(dy: Tensor, site: Site) -> Quantized:
-    """A gradient (..., N) in both layouts: as it was handed over, or cast here."""
+    """A gradient (..., N) in both layouts: as it was handed over, or cast here.
+
+    What was handed over is taken off the tensor, which may live on as the gradient of the residual stream.
+    """
     quantized, of, version = getattr(dy, _HANDED, (None, None, 0))
     if quantized is not None and of is site and dy._version == version:
+        delattr(dy, _HANDED)
         return quantized
     return quantize(dy.contiguous().flatten(0, -2), site)
 
