@@ -340,7 +340,7 @@ def test_a_full_disk_while_saving_stops_with_one_line(config: TrainConfig, monke
     [
         ({"depth": 0}, "--depth is 0"),
         ({"depth": 30, "aspect_ratio": 1, "head_dim": 2}, "reference of depth 12 cannot be built"),
-        ({"fp8": True}, "use --precision te"),
+        ({"fp8": True, "precision": "bf16"}, "give the one or the other"),
         ({"num_iterations": -1, "target_param_data_ratio": -1}, "nothing says how long to train"),
         ({"total_batch_size": 200}, "the nearest is --total-batch-size 256"),
         ({"window_pattern": "SX"}, "must consist of S and L"),
