@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from nanochat.gpt import GATE_CHANNELS, GPTConfig
 from nvfp8.head import CHUNK_BYTES
-from nvfp8.precision import Precision, TEPrecision
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import Recipe
 
 Bytes = dict[str, float]  # what -> bytes
@@ -90,15 +90,10 @@ class Head:
     working: Bytes
 
 
-def in_own_fp8(precision: Precision) -> bool:
-    """Whether blocks are our own layers in FP8."""
-    return precision.name in ("fp8", "fp8-emulated")
-
-
 def ends(precision: Precision, batch: MicroBatch) -> Bytes:
     """Kept outside of blocks, from the embedding to the end of backward."""
     # Own bf16 and separate layers keep the middle stream anyway, as the input of the block after it.
-    besides = in_own_fp8(precision) or (isinstance(precision, TEPrecision) and precision.layers == "fused")
+    besides = isinstance(precision, FP8Precision) or (isinstance(precision, TEPrecision) and precision.layers == "fused")
     return {
         "the stream of the middle block, for the backout": batch.x if besides else 0,
         # The smear's gate reads channels of ln_embed's output, a view, which keeps all of it; its product keeps the shifted one.
@@ -110,7 +105,7 @@ def ends(precision: Precision, batch: MicroBatch) -> Bytes:
 
 def block(precision: Precision, batch: MicroBatch, layer: int) -> Block:
     """What block `layer` keeps and works in. New kinds of layers get a function here, and a test with a measured peak."""
-    if in_own_fp8(precision):
+    if isinstance(precision, FP8Precision):
         return _fp8(precision, batch, layer)
     if isinstance(precision, TEPrecision):
         return _separate(precision, batch, layer) if precision.layers == "separate" else _fused(precision, batch, layer)
@@ -218,15 +213,13 @@ def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
     )
 
 
-def _fp8(precision: Precision, batch: MicroBatch, layer: int) -> Block:
+def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; GEMMs left in bf16 are not counted.
 
     With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. Scales by row
     or block are cast in plain PyTorch, with three fp32 copies of what is cast. Not measured yet.
     """
-    recipe: Recipe | None = getattr(precision, "recipe", None)
-    scaling = "delayed" if recipe is None else recipe.fprop.left.scaling
-    x, one = batch.x, 1.0 if recipe is None else fp8_bytes(recipe)
+    scaling, x, one = precision.recipe.fprop.left.scaling, batch.x, fp8_bytes(precision.recipe)
     small = x * one / batch.itemsize
     matrix = 4 * batch.shape.n_embd**2 * precision.matrix_dtype.itemsize
     outer = {"gradients of the stream and of the middle": 2 * x, "MLP: its gradient in FP8, both layouts": 2 * small}

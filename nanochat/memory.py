@@ -38,7 +38,7 @@ from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import AUTO, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.polar_express import fastest_products, room
-from nvfp8.precision import Precision, TEPrecision
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
 
 GIB = 2**30
 # torch's cuBLAS workspace, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8 of
@@ -169,7 +169,7 @@ class Counted:
 
     def _fp8_copies(self) -> float:
         precision = self.setup.precision
-        if activations.in_own_fp8(precision):
+        if isinstance(precision, FP8Precision):
             return sum(2.0 * p.numel() for name, p in self.model.named_parameters() if _in_engine(name))
         if not isinstance(precision, TEPrecision):
             return 0

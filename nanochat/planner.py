@@ -19,7 +19,7 @@ from nanochat.plan import Plan, make_plan
 from nanochat.state_formats import AUTO, STATES, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import NICKNAMES, Peaks, best_recipe, missing, peaks, unstorable
-from nvfp8.precision import Precision, bf16, te
+from nvfp8.precision import Precision, bf16, fp8, te
 from nvfp8.recipe import Recipe, parse_recipe
 
 # Assumptions, to be replaced by measurements: NVML's figure of a process less the allocator's reserved, and reserved less allocated
@@ -108,8 +108,8 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
 
     Args:
         where: the device.
-        wanted: "all", "bf16" or "te".
-        recipe: of Transformer Engine; "auto" takes the device's best.
+        wanted: "all", "bf16", "fp8" or "te".
+        recipe: of FP8; "auto" takes delayed for our own layers, the device's best for Transformer Engine.
         formats: of optimizer state and masters.
 
     Raises:
@@ -122,10 +122,18 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
             raise BadInput(f"--state-dtype {name}={getattr(formats, name)}: {reason}")
     found: list[tuple[str, Precision]] = [("bf16", bf16())] if wanted in ("all", "bf16") else []
     reason = missing("fp8", capability)
-    if wanted == "te" and reason is not None:
-        raise BadInput(f"--precision te: {reason}")
+    if wanted in ("fp8", "te") and reason is not None:
+        raise BadInput(f"--precision {wanted}: {reason}")
+    if wanted == "fp8" or (wanted == "all" and reason is None and recipe == "auto"):
+        chosen = _recipe("delayed" if recipe == "auto" else recipe, where)
+        try:
+            found.append((f"fp8 {chosen.name}", fp8(chosen)))
+        except ValueError as error:
+            raise BadInput(f"--recipe: {error}") from error
     if wanted in ("all", "te") and reason is None:
         chosen = _recipe(recipe, where)
+        if chosen.name == "rowwise":
+            raise BadInput("--recipe rowwise: Transformer Engine has no row-wise scaling: use current, or delayed")
         found += [
             (f"te {chosen.name}", te(chosen, te_head=True)),
             (f"te {chosen.name}, head in chunks", te(chosen)),
@@ -138,8 +146,6 @@ def _recipe(name: str, where: Device) -> Recipe:
         chosen = parse_recipe(best_recipe(where.peaks.capability) if name == "auto" else name)
     except ValueError as error:
         raise BadInput(f"--recipe: {error}") from error
-    if chosen.name == "rowwise":
-        raise BadInput("--recipe rowwise: Transformer Engine has no row-wise scaling: use current, or delayed")
     for feature in chosen.features:
         reason = missing(feature, where.peaks.capability)
         if reason is not None:

@@ -21,13 +21,11 @@ GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes ar
 
 from dataclasses import dataclass
 
-from nanochat.activations import in_own_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted
 from nvfp8.hardware import Peaks
 from nvfp8.head import CHUNK_BYTES
-from nvfp8.precision import Precision, TEPrecision
-from nvfp8.recipe import Recipe
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
 
 EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71, "polar": 0.676}
 KEYS_MORE = 559
@@ -77,7 +75,7 @@ def work(counted: Counted, rows: int) -> Work:
     shape, precision = counted.setup.shape, counted.setup.precision
     tokens, parameters = rows * shape.sequence_len, counted.model.parameter_counts()
     matrices, head = parameters["transformer_matrices"], parameters["lm_head"]
-    in_fp8 = isinstance(precision, TEPrecision) or in_own_fp8(precision)
+    in_fp8 = isinstance(precision, TEPrecision | FP8Precision)
     te_head = isinstance(precision, TEPrecision) and precision.te_head
     quantized = (matrices if in_fp8 else 0) + (head if te_head else 0)
     return Work(
@@ -102,7 +100,7 @@ def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, h
     """Bytes that are moved between a micro-batch's GEMMs."""
     x = tokens * shape.n_embd
     scaling = _scaling(precision)
-    fastest = _OWN_FP8 if in_own_fp8(precision) else _TE
+    fastest = _OWN_FP8 if isinstance(precision, FP8Precision) else _TE
     block = _OWN if scaling is None else fastest + _MORE.get(scaling, 0)
     logits = tokens * shape.padded_vocab
     moved = float((shape.n_layer * block + _ENDS) * x)
@@ -118,8 +116,7 @@ def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, h
 
 def _scaling(precision: Precision) -> str | None:
     """How activations are scaled, None where there is no recipe."""
-    recipe: Recipe | None = getattr(precision, "recipe", None)
-    return None if recipe is None else recipe.fprop.left.scaling
+    return precision.recipe.fprop.left.scaling if isinstance(precision, TEPrecision | FP8Precision) else None
 
 
 def _polar(counted: Counted) -> float:

@@ -1,7 +1,7 @@
 """Predictions of peak memory beside what `torch.cuda.max_memory_allocated()` showed on an H100 (docs/results.md)."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,8 @@ from nanochat.memory import GIB, Counted, Setup, largest_batch, predict
 from nanochat.metrics import Metrics
 from nanochat.state_formats import StateFormats
 from nanochat.train_config import TrainConfig
-from nvfp8.precision import Precision, bf16, fp32, te
-from nvfp8.recipe import Recipe, recipe
+from nvfp8.precision import Precision, bf16, fp8, fp32, te
+from nvfp8.recipe import recipe
 
 DELAYED = recipe("delayed")
 WHOLE = te(DELAYED, te_head=True)  # logits
@@ -103,22 +103,17 @@ def test_fp8_weights_have_bf16_gradients_and_no_masters() -> None:
     assert counted.lasting()["FP8 copies of weights, both layouts"] == 2 * elements
 
 
-@dataclass(frozen=True)
-class OwnFP8(Precision):
-    recipe: Recipe = DELAYED
-
-
 def test_own_fp8_layers_keep_16_bytes_a_token_and_channel() -> None:
     """Not measured yet: what their Functions save, and that d24 stays below the 36 GiB asked for."""
-    precision = OwnFP8("fp8", torch.bfloat16, torch.bfloat16)
+    precision = fp8(DELAYED)
     batch = MicroBatch(GPTConfig.from_depth(24), 16, 2, "cudnn", False)
     kept = block(precision, batch, 3)
     assert (sum(kept.attention.values()) + sum(kept.mlp.values())) / batch.tokens / 1536 == pytest.approx(16, rel=0.02)
     predicted = predict(setup(24, 16, precision))
     assert predicted.lines["FP8 copies of weights, both layouts"] == 2 * 24 * 12 * 1536**2
     assert 33 < predicted.total / GIB < 36
-    current = predict(setup(24, 16, replace(precision, recipe=recipe("current"))))
-    assert predicted.total < current.total < predict(setup(24, 16, replace(precision, recipe=recipe("blockwise")))).total
+    current = predict(setup(24, 16, fp8(recipe("current"))))
+    assert predicted.total < current.total < predict(setup(24, 16, fp8(recipe("blockwise")))).total
 
 
 def test_gradients_of_one_micro_batch_come_with_backward() -> None:
@@ -130,10 +125,15 @@ def test_gradients_of_one_micro_batch_come_with_backward() -> None:
     )  # of 2.5 of the matrices, and the head's 0.2
 
 
-def test_own_layers_keep_what_autograd_says_they_keep() -> None:
+@pytest.mark.parametrize(
+    "precision",
+    [fp32(), fp8(DELAYED, emulated=True), fp8(recipe("current"), emulated=True), fp8(recipe("blockwise"), emulated=True)],
+    ids=["fp32", "fp8-delayed", "fp8-current", "fp8-blockwise"],
+)
+def test_own_layers_keep_what_autograd_says_they_keep(precision: Precision) -> None:
     """Every tensor that autograd saves in a forward pass on a CPU, by its storage, beside the count."""
     config = GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=4, n_kv_head=2, n_embd=256, window_pattern="L")
-    model = GPT(config, fp32(), attention="sdpa")
+    model = GPT(config, precision, attention="sdpa")
     model.init_weights()
     ids = torch.randint(0, 512, (4, 256))
     owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), ids)}
@@ -145,14 +145,14 @@ def test_own_layers_keep_what_autograd_says_they_keep() -> None:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision.autocast(1e-3):
         x = model._stream(ids, None)
-    batch = MicroBatch(config, 4, 4, "sdpa", False)
-    blocks = [block(model.precision, batch, layer) for layer in range(4)]
-    counted = sum(sum(part.values()) for b in blocks for part in (b.attention, b.mlp)) + sum(ends(model.precision, batch).values())
+    batch = MicroBatch(config, 4, precision.compute_dtype.itemsize, "sdpa", False)
+    blocks = [block(precision, batch, layer) for layer in range(4)]
+    counted = sum(sum(part.values()) for b in blocks for part in (b.attention, b.mlp)) + sum(ends(precision, batch).values())
     counted += batch.x  # what ln_f normalizes
-    assert x.numel() * 4 == batch.x
-    assert sum(saved.values()) == pytest.approx(counted, rel=0.01)
+    assert x.nbytes == batch.x
+    assert sum(saved.values()) == pytest.approx(counted, rel=0.005)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:

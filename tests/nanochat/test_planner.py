@@ -35,7 +35,7 @@ def test_every_gpu_can_be_planned_for(name: str) -> None:
     assert 0.8 < where.usable / where.peaks.memory < 1
     labels = [choice.label for choice in choices(where, "all", "auto", AUTO)]
     assert labels[0] == "bf16"
-    assert len(labels) == (1 if where.peaks.fp8 is None else 3)
+    assert len(labels) == (1 if where.peaks.fp8 is None else 4)
 
 
 def test_recipes_are_the_devices_best() -> None:
@@ -49,6 +49,8 @@ def test_recipes_are_the_devices_best() -> None:
         ("a100", "te", "auto", AUTO, "FP8 units came with 8.9"),
         ("spark", "te", "mxfp8", AUTO, "12.0 and later"),
         ("h100", "te", "nvfp4", AUTO, "10.0"),
+        ("b200", "fp8", "mxfp8", AUTO, "our own FP8 layers have"),
+        ("a100", "fp8", "auto", AUTO, "FP8 units came with 8.9"),
         ("h100", "te", "rowwise", AUTO, "no row-wise scaling"),
         ("h100", "te", "nonsense", AUTO, "unknown recipe"),
         ("a100", "bf16", "auto", StateFormats("e4m3", None, None), "use e5m2, bf16 or fp32"),

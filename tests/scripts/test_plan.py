@@ -37,7 +37,7 @@ def test_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("--depth 12 --gpu h100 --target-param-data-ratio -1", "nothing says how long to train"),
         ("--depth 12 --gpu a100 --precision te", "FP8 units came with"),
         ("--depth 12 --gpu a100 --state-dtype e4m3", "--state-dtype exp_avg=e4m3"),
-        ("--depth 12 --gpu h100 --precision fp8", "invalid choice"),
+        ("--depth 12 --gpu h100 --precision fp16", "invalid choice"),
         ("--gpu h100", "--depth"),
     ],
 )
