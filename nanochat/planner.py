@@ -250,7 +250,7 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
         "(datasheets, dense rates)",
         f"d{config.depth}, T = {config.max_seq_len}, windows {config.window_pattern}, {first.batch_tokens:,} tokens a step, "
         f"{total / 1e9:.3g} G tokens in all",
-        "; ".join(f"{part}: {what}" for part, what in rows[0].choice.formats.describe(rows[0].choice.precision).items()),
+        f"optimizer state: {_states(rows[0].choice)}",
         f"room for tensors: {where.usable / GIB:.1f} GiB (assumed: {_reserve(known)})",
         "",
         "PREDICTED, one GPU",
@@ -276,6 +276,11 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
     lines += ["", *_side_by_side("memory, GiB, predicted", rows, [_memory(row) for row in rows], 2)]
     lines += ["", *_side_by_side("time of a step, ms, predicted", rows, [_times(row) for row in rows], 1)]
     return [*lines, "", *_notes(known, rows)]
+
+
+def _states(choice: Choice) -> str:
+    masters = choice.formats.master or "fp32, or matrices that are fp32 themselves"
+    return f"{choice.formats.describe(choice.precision)['optimizer state']}; masters {masters}"
 
 
 def _reserve(known: Peaks) -> str:
