@@ -22,6 +22,7 @@ import torch
 
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
+from nanochat.memory import Counted, Setup, predict
 from nanochat.optimizer import StoredByName
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
@@ -29,6 +30,12 @@ from nanochat.te_adam import CHOICES, check
 from nvfp8.optim import UpdateEarly
 from scripts.engine_flags import add_engine_flags, engine_options
 from scripts.state_flags import add_state_flags, state_formats
+
+
+def _outside() -> float:
+    """GiB of the device that are taken now and not by the allocator: CUDA's context, loaded kernels, and other processes."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / 2**30
 
 
 def main() -> None:
@@ -98,6 +105,11 @@ def main() -> None:
         loss = step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    setup = Setup(
+        config, precision, args.batch, args.accumulation, formats, model.attention_backend, args.deterministic, args.update_early,
+        capability=torch.cuda.get_device_capability(),
+    )  # fmt: skip
+    predicted = predict(setup, Counted(setup, args.adamw)).total / 2**30
     held = sum(value.nbytes for optimizer in optimizers for value in optimizer.named_state().values())
     rate = args.batch * config.sequence_len * args.accumulation / statistics.median(seconds)
     print(
@@ -107,6 +119,8 @@ def main() -> None:
                 "precision": args.precision, "engine": asdict(options) if options else None,
                 "adamw": args.adamw, "deterministic": args.deterministic, "attention": model.attention_backend,
                 "tok_s": round(rate), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "predicted_GiB": round(predicted, 2), "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+                "outside_GiB": round(_outside(), 2),
                 "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
                 "update_early": args.update_early,
                 "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None, "warm_s": round(warm, 1),

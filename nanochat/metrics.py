@@ -1,7 +1,7 @@
 """What a run tells while it goes: a terminal, a JSONL file, TensorBoard and, if asked, wandb, from one record a step.
 
 metrics.jsonl is the truth and holds everything: one JSON object a line, each handed to the system at once, so that a
-killed run loses nothing but perhaps its last line. Each has a "kind" (run, step, eval, sample, event) and the "step" it
+killed run loses nothing but perhaps its last line. Each has a "kind" (run, step, eval, sample, memory, event) and the "step" it
 belongs to: the number of updates before it, so step n's record is the update that starts from the checkpoint of step n.
 JSON has no NaN; a value that is not finite is written as "NaN", "Infinity" or "-Infinity", strings that `float` reads.
 
@@ -128,6 +128,10 @@ class Metrics:
         with _writing(self._path.with_name(BOARD)):
             self._board.add_text("sample", text, step)
         self._print(f"step {step} | sample: {text}")
+
+    def memory(self, *, measured: float, predicted: float, moment: str, lines: Mapping[str, float]) -> None:
+        """Record peak memory, all in GiB: measured, predicted, in which moment, and what that consists of."""
+        self._record("memory", measured_gib=measured, predicted_gib=predicted, moment=moment, lines=dict(lines))
 
     def message(self, text: str) -> None:
         """Record something that happened, at the step last recorded."""

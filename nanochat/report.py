@@ -43,7 +43,8 @@ def draw(directory: Path) -> Path:
     _draw_loss(top_left, *_series(steps, "loss"))
     _draw_evaluations(top_right, *_series(evaluations, "bpb"), floor)
     _draw_throughput(bottom_left, *_series(steps, "tokens_per_second"), _series(steps, "mfu")[1])
-    _draw_memory(bottom_right, *_series(steps, "memory_gib"))
+    predictions = [record for record in records if record["kind"] == "memory"]
+    _draw_memory(bottom_right, *_series(steps, "memory_gib"), predictions[-1]["predicted_gib"] if predictions else None)
     for axes in (bottom_left, bottom_right):
         axes.set_xlabel("step", fontsize=9, color=INK)
     last = max(record["step"] for record in steps + evaluations)
@@ -107,13 +108,15 @@ def _draw_throughput(axes: Axes, steps: list[int], rates: list[float], mfus: lis
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_memory(axes: Axes, steps: list[int], gibs: list[float]) -> None:
-    _style(axes, "peak memory, GiB")
+def _draw_memory(axes: Axes, steps: list[int], gibs: list[float], predicted: float | None) -> None:
+    _style(axes, "peak memory, GiB" + ("" if predicted is None else f"; predicted {predicted:.1f}"))
     if not steps:
         _say(axes, "not measured in this run")
         return
     axes.plot(steps, gibs, color=ACCENT, linewidth=1.8, **_marker(steps))
-    axes.set_ylim(0, 1.15 * max(gibs) or 1)
+    if predicted is not None:
+        axes.axhline(predicted, color=INK, linewidth=1, linestyle="--")
+    axes.set_ylim(0, 1.15 * max(*gibs, predicted or 0) or 1)
     _annotate_last(axes, steps, gibs, "{:.1f}")
 
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, parallel, process, report, schedule
+from nanochat import checkpoint, memory, parallel, process, report, schedule
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
@@ -426,9 +426,9 @@ class Run:
         best = self.progress.best_bpb
         if best is not None:
             metrics.message(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
+        peak = memory.beside(metrics, self.config, self.model, self.plan.accumulation, self.world.size, self._memory_gib())
         picture = report.draw(self.directory)
-        seconds, memory = self.progress.seconds, self._memory_gib()
-        metrics.message(f"trained for {seconds:.0f} s, peak memory {memory:.1f} GiB; curves in {picture}")
+        metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; curves in {picture}")
 
 
 def train(config: TrainConfig) -> None:

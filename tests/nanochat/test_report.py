@@ -126,3 +126,14 @@ def test_smoothing_against_values_by_hand() -> None:
 def test_smoothing_skips_what_is_not_finite() -> None:
     values = smooth([math.nan, 4.0, math.inf, 4.0], 0.5)
     assert math.isnan(values[0]) and values[1:] == pytest.approx([4.0] * 3)
+
+
+def test_predicted_memory_is_a_line_and_a_title(tmp_path: Path, panels: dict[str, Axes]) -> None:
+    record(tmp_path, [4.0, 3.0])
+    sink = Metrics(tmp_path, 2, {}, console=False, start_step=2)
+    sink.memory(measured=21.0, predicted=24.5, moment="backward of the last MLP", lines={"weights": 24.5})
+    sink.close()
+    draw(tmp_path)
+    memory = panels["peak memory, GiB; predicted 24.5"]
+    assert [y for _, y in line(memory, 1)] == [24.5, 24.5]
+    assert memory.get_ylim()[1] > 24.5

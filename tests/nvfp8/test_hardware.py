@@ -42,6 +42,15 @@ def test_every_entry_is_dense_and_in_si_units(name: str) -> None:
     assert 2.5e11 <= entry.bandwidth <= 8e12
     if entry.fp8 is not None:
         assert entry.fp8 / entry.bf16 == pytest.approx(2.0, rel=0.025)  # the L40S is listed as 362.05 and 733
+    assert 20 * 2**30 <= entry.memory <= 200 * 2**30 and 100 <= entry.power <= 1000
+    assert (entry.fp8 is None) == (missing("fp8", entry.capability) is not None)
+    if entry.fp4 is not None:
+        assert entry.fp8 is not None and entry.capability >= (10, 0)
+        assert entry.fp4 / entry.fp8 == pytest.approx(4 if "GeForce" in name else 2)  # of GeForce only FP4 is not halved
+
+
+def test_nicknames_are_of_known_devices() -> None:
+    assert all(peaks(name) is not None for name in hardware.NICKNAMES.values())
 
 
 @pytest.mark.parametrize(

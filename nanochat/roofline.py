@@ -1,0 +1,208 @@
+"""How long a training step takes: FLOPs and bytes by kernel family, counted, over a device's peaks times measured efficiencies.
+
+    micro-batch = Σ FLOPs / (peak · efficiency) + bytes / (bandwidth · efficiency);   step = micro-batches + optimizer
+
+Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
+layers; the efficiencies of an H100 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
+the same part of its own peaks. That is the weakest assumption here: `spark` reaches 73 to 80 % of its peaks in single kernels
+where an H100 reaches 67 to 75 % in whole runs.
+
+Measured, of a te run of d24 with 16 x 2048 tokens (8d89563), per micro-batch:
+
+| family | counted | ms | of the peak |
+| --- | --- | --- | --- |
+| GEMMs in FP8 | 143.5 TFLOP | 107.8 | 67 % |
+| attention | 23.0 TFLOP, with 559 keys more a query than it sees | 44.9 | 52 % of bf16 |
+| all else | 200 GB | 84.2 | 71 % of the bandwidth |
+
+GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 73.5 %. Polar Express: 67 %
+(26.1 TFLOP in 39 ms, H200). The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
+"""
+
+from dataclasses import dataclass
+
+from nanochat.gpt import GPTConfig
+from nanochat.memory import Counted
+from nvfp8.hardware import Peaks
+from nvfp8.head import CHUNK_BYTES
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
+
+EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71, "polar": 0.676}
+KEYS_MORE = 559
+# Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
+#   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
+#   te: mix 8, norms 4 and 4, heads 13, casts of o 4, the addition 6, relu² 12; backward casts of gradients 4, 4 and 12, transposes
+#   8, relu² 24, norms 6 and 6, additions 6, heads 19, mix 14.
+#   own, FP8, counted and not measured: mix, norm and cast 9, heads 13, o 3, norm and cast 7, aᵀ 4; backward relu² 8, norm 11, o 3,
+#   heads 18, mix 17.
+# More than that: current scaling reads gradients twice for their amax and quantizes after norms and relu², not in them; block
+# scales need passes of their own for relu² and its gradient.
+_OWN, _TE, _OWN_FP8 = 118, 154, 93
+_MORE = {"current": 52, "block1x128": 36}
+# A GEMM with block scales takes 1.25 times as long: what d12's blockwise row leaves when its bytes are taken off.
+_SLOWER = {"block1x128": 1.25}
+_ENDS = 60  # embedding, its norm, smear and backout: the same, once
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch and a step do.
+
+    Attributes:
+        fp8: FLOPs of GEMMs in FP8 (FP4 where the recipe is).
+        bf16: FLOPs of GEMMs in bf16.
+        attention: its FLOPs, keys it pays for and does not see included.
+        moved: bytes between those.
+        polar: FLOPs of Muon's products, once a step.
+        updated: bytes of the optimizers' step.
+    """
+
+    fp8: float
+    bf16: float
+    attention: float
+    moved: float
+    polar: float
+    updated: float
+
+
+def work(counted: Counted, rows: int) -> Work:
+    """Count.
+
+    Args:
+        counted: the model and its optimizers.
+        rows: of a micro-batch.
+    """
+    shape, precision = counted.setup.shape, counted.setup.precision
+    tokens, parameters = rows * shape.sequence_len, counted.model.parameter_counts()
+    matrices, head = parameters["transformer_matrices"], parameters["lm_head"]
+    in_fp8 = isinstance(precision, TEPrecision | FP8Precision)
+    te_head = isinstance(precision, TEPrecision) and precision.te_head
+    quantized = (matrices if in_fp8 else 0) + (head if te_head else 0)
+    return Work(
+        fp8=6 * quantized * tokens,
+        bf16=6 * (matrices + head - quantized) * tokens,
+        attention=12 * shape.n_embd * tokens * sum(keys(shape, layer) + KEYS_MORE for layer in range(shape.n_layer)),
+        moved=_moved(shape, precision, tokens, matrices, head, te_head),
+        polar=_polar(counted),
+        # States are read and written, gradients looked at and read, weights read and written; Muon's x is passed over 8 times.
+        updated=2 * sum(counted.states.values()) + 2 * sum(counted.gradients().values())
+        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + 4 * quantized,
+    )  # fmt: skip
+
+
+def keys(shape: GPTConfig, layer: int) -> float:
+    """Keys that a query of `layer` sees, on average."""
+    length, window = shape.sequence_len, min(shape.window(layer), shape.sequence_len - 1)
+    return window + 1 - window * (window + 1) / (2 * length)
+
+
+def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, head: int, te_head: bool) -> float:
+    """Bytes that are moved between a micro-batch's GEMMs."""
+    x = tokens * shape.n_embd
+    scaling = _scaling(precision)
+    fastest = _OWN_FP8 if isinstance(precision, FP8Precision) else _TE
+    block = _OWN if scaling is None else fastest + _MORE.get(scaling, 0)
+    logits = tokens * shape.padded_vocab
+    moved = float((shape.n_layer * block + _ENDS) * x)
+    if te_head:
+        moved += (8 + (2 if scaling == "current" else 0)) * logits  # the loss reads and writes them, then they are quantized
+    else:
+        chunks = max(1, logits * precision.compute_dtype.itemsize // CHUNK_BYTES)
+        moved += 4 * logits + chunks * 8 * head  # dW is read and written once a chunk
+    if precision.matrix_dtype != precision.compute_dtype:
+        moved += 12 * matrices + 6 * head  # weights are cast where they are used, forward and backward
+    return moved + 3 * precision.matrix_dtype.itemsize * (matrices + head)  # gradients are added to their sums
+
+
+def _scaling(precision: Precision) -> str | None:
+    """How activations are scaled, None where there is no recipe."""
+    return precision.recipe.fprop.left.scaling if isinstance(precision, TEPrecision | FP8Precision) else None
+
+
+def _polar(counted: Counted) -> float:
+    """FLOPs of Polar Express by full products (`nvfp8/polar_express.py`)."""
+    flops = 0.0
+    for group in counted.muon.param_groups:
+        for p in group["params"]:
+            short, long = sorted(p.shape)
+            flops += (20 * long / short + 10) * short**3
+    return flops
+
+
+def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, float], dict[str, float]]:
+    """Time of a micro-batch and of the optimizers' step, by family.
+
+    Args:
+        done: of `work`.
+        peaks: of the device.
+        precision: what it computes in; its recipe says how fast its GEMMs are.
+
+    Raises:
+        ValueError: the device has no units for its GEMMs.
+    """
+    micro = {}
+    scaling = _scaling(precision)
+    if scaling is not None and done.fp8:
+        name, peak = ("FP4 GEMMs", peaks.fp4) if scaling == "nv16" else ("FP8 GEMMs", peaks.fp8)
+        if peak is None:
+            raise ValueError(f"{precision.name} on a device without units for its GEMMs")
+        micro[name] = done.fp8 * _SLOWER.get(scaling, 1.0) / (peak * EFFICIENCY["FP8 GEMMs"])
+    micro |= {
+        "bf16 GEMMs": done.bf16 / (peaks.bf16 * EFFICIENCY["bf16 GEMMs"]),
+        "attention": done.attention / (peaks.bf16 * EFFICIENCY["attention"]),
+        "norms, casts, losses, sums": done.moved / (peaks.bandwidth * EFFICIENCY["bytes"]),
+    }
+    step = {
+        "Muon's products": done.polar / (peaks.bf16 * EFFICIENCY["polar"]),
+        "states and weights": done.updated / (peaks.bandwidth * EFFICIENCY["bytes"]),
+    }
+    return micro, step
+
+
+def tokens_per_second(done: Work, peaks: Peaks, precision: Precision, micro_tokens: int, accumulation: int) -> float:
+    """Throughput of whole steps of `accumulation` micro-batches."""
+    micro, step = seconds(done, peaks, precision)
+    return micro_tokens * accumulation / (accumulation * sum(micro.values()) + sum(step.values()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run that was made: one GPU, T = 2048, 8 micro-batches, optimizer included (docs/results.md).
+
+    Attributes:
+        device: name of the GPU.
+        depth: of the model, of nanochat's shape.
+        rows: of a micro-batch.
+        window: pattern.
+        label: what the planner calls the precision.
+        tokens_per_second: measured.
+        gib: peak of the allocator.
+        commit: what ran.
+    """
+
+    device: str
+    depth: int
+    rows: int
+    window: str
+    label: str
+    tokens_per_second: int
+    gib: float
+    commit: str
+
+
+MICRO_BATCHES = 8  # a step, of all of these
+_H100 = "NVIDIA H100 80GB HBM3"
+MEASURED = (
+    Measured(_H100, 12, 32, "L", "bf16", 542_304, 15.17, "48cd68f"),
+    Measured(_H100, 12, 32, "SSSL", "bf16", 570_891, 15.17, "48cd68f"),
+    Measured(_H100, 24, 16, "L", "bf16", 102_970, 37.12, "48cd68f"),
+    Measured(_H100, 24, 16, "SSSL", "bf16", 107_227, 37.12, "48cd68f"),
+    Measured(_H100, 12, 32, "L", "te delayed", 624_371, 27.52, "48cd68f"),
+    Measured(_H100, 24, 16, "L", "te delayed", 132_083, 51.11, "48cd68f"),
+    Measured(_H100, 12, 32, "L", "te delayed, head in chunks", 591_345, 19.95, "8d89563"),
+    Measured(_H100, 24, 16, "L", "te delayed, head in chunks", 126_480, 47.47, "8d89563"),
+    Measured(_H100, 12, 32, "L", "te current", 560_993, 27.52, "48cd68f"),
+    Measured(_H100, 12, 32, "L", "te blockwise", 537_881, 30.11, "48cd68f"),
+)
+# By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
+PUBLISHED_SPARK = 13_125

@@ -1,0 +1,82 @@
+"""Throughput that the roofline predicts beside what was measured (docs/results.md), and what its efficiencies are made from."""
+
+import pytest
+
+from nanochat.gpt import GPTConfig
+from nanochat.memory import Counted, Setup
+from nanochat.roofline import (
+    EFFICIENCY,
+    KEYS_MORE,
+    MEASURED,
+    MICRO_BATCHES,
+    PUBLISHED_SPARK,
+    Measured,
+    keys,
+    seconds,
+    tokens_per_second,
+    work,
+)
+from nvfp8.hardware import peaks
+from nvfp8.precision import Precision, bf16, te
+from nvfp8.recipe import recipe
+
+LENGTH = 2048
+
+
+def precision(label: str) -> Precision:
+    if label == "bf16":
+        return bf16()
+    return te(recipe(label.split()[1].rstrip(",")), te_head="chunks" not in label)
+
+
+def counted(depth: int, window: str, label: str, rows: int) -> Counted:
+    return Counted(Setup(GPTConfig.from_depth(depth, window_pattern=window), precision(label), rows))
+
+
+@pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}")
+def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> None:
+    device, what = peaks(run.device), counted(run.depth, run.window, run.label, run.rows)
+    assert device is not None
+    rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, MICRO_BATCHES)
+    assert rate == pytest.approx(run.tokens_per_second, rel=0.15)
+    assert rate == pytest.approx(run.tokens_per_second, rel=0.04)  # what the planner's notes say
+
+
+def test_efficiencies_are_those_of_the_profile() -> None:
+    """d24, te delayed, 16 x 2048 tokens, docs/results.md: milliseconds of GEMMs, attention and all else."""
+    device, what = peaks("NVIDIA H100 80GB HBM3"), counted(24, "L", "te delayed", 16)
+    assert device is not None and device.fp8 is not None
+    done = work(what, 16)
+    assert done.fp8 / 107.8e-3 / device.fp8 == pytest.approx(EFFICIENCY["FP8 GEMMs"], rel=0.01)
+    assert done.attention / 44.9e-3 / device.bf16 == pytest.approx(EFFICIENCY["attention"], rel=0.01)
+    assert done.moved / (33.0 + 24.6 + 18.5 + 7.1 + 1.0) * 1e3 / device.bandwidth == pytest.approx(EFFICIENCY["bytes"], rel=0.02)
+    micro, _ = seconds(done, device, what.setup.precision)
+    assert sum(micro.values()) == pytest.approx(241.8e-3, rel=0.03)
+
+
+def test_polar_express_is_counted() -> None:
+    """26.1 TFLOP at d24 (nvfp8/polar_express.py)."""
+    assert work(counted(24, "L", "bf16", 1), 1).polar == pytest.approx(26.1e12, rel=0.01)
+
+
+def test_keys_are_those_a_query_sees() -> None:
+    config = GPTConfig.from_depth(4, sequence_len=256, window_pattern="SL")
+    for layer, window in ((0, 128), (1, 255)):
+        seen = [min(t, window) + 1 for t in range(256)]
+        assert keys(config, layer) == pytest.approx(sum(seen) / 256)
+
+
+def test_windows_of_attention_lie_on_one_line() -> None:
+    """cuDNN on an H200, 16 x 12 heads, T = 2048, forward + backward in ms."""
+    times = {2047: 0.375 + 1.21, 768: 0.279 + 0.913, 512: 0.231 + 0.777}
+    paid = {w: w + 1 - w * (w + 1) / (2 * LENGTH) + KEYS_MORE for w in times}
+    for window, milliseconds in times.items():
+        assert milliseconds / times[2047] == pytest.approx(paid[window] / paid[2047], rel=0.01)
+
+
+def test_a_spark_is_where_others_measured_it() -> None:
+    """nanochat's own FP8 scales currently: te's current is its nearest relative here, not the same program."""
+    device, what = peaks("NVIDIA GB10"), counted(24, "SSSL", "te current", 16)
+    assert device is not None
+    rate = tokens_per_second(work(what, 16), device, what.setup.precision, 16 * LENGTH, 32)
+    assert rate == pytest.approx(PUBLISHED_SPARK, rel=0.15)
