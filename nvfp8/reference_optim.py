@@ -27,7 +27,7 @@ class AdamWTensor(NamedTuple):
         rest: what is kept beside the parameter, as `nvfp8.state.Master` says, or None.
         factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
         key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
-        stochastic: whether a bf16 parameter is, too, or to nearest.
+        stochastic: whether a bf16 parameter is, too, or to nearest, as beside an fp32 master it always is.
     """
 
     parameter: Tensor

@@ -142,7 +142,7 @@ def _adamw(
         else:
             value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
         value = value * keep - step
-        if not STOCHASTIC:
+        if tl.float32 == REST or not STOCHASTIC:  # beside a whole copy nothing is lost
             bits = rounding.nearest(value)
         top, remainder = rounding.split(value, bits, EXTRA)
         tl.store(weight, top.to(tl.int16), mask)
