@@ -34,12 +34,19 @@ def local(tensor: Tensor) -> Tensor:
     return whole.to_local() if hasattr(whole, "to_local") else whole
 
 
+def _local_gradient(parameter: Any, gradient: Any) -> Tensor:
+    """The gradient of what `local(parameter)` is. A DTensor's may come summed over nobody yet, or cut otherwise."""
+    if hasattr(parameter, "placements") and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return local(gradient)
+
+
 def _shard(parameter: Any) -> str:
     """Which shard `local` is; the same on all processes that hold the same one."""
     if not hasattr(parameter, "placements"):
         return ""
     coordinate = parameter.device_mesh.get_coordinate() or ()
-    return "".join(f"@{c}" for c, placed in zip(coordinate, parameter.placements, strict=True) if placed.is_shard())
+    return "".join(f"@{c}" for c, placed in zip(coordinate, parameter.placements, strict=True) if not placed.is_replicate())
 
 
 def _fitting(saved: Mapping[str, Tensor], what: str, shape: Sequence[int]) -> Tensor:
@@ -163,7 +170,7 @@ class StoredOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
         """Update some parameters in the step that `begin` began; raises their version counters, which kernels do not."""
-        given = [(p, local(g)) for p in parameters if (g := self.gradient(p)) is not None]
+        given = [(p, _local_gradient(p, g)) for p in parameters if (g := self.gradient(p)) is not None]
         self._update(given)
         torch.autograd.graph.increment_version([p for p, _ in given])
 

@@ -245,7 +245,23 @@ def test_an_update_that_was_refused_whole_does_not_count() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# FSDP2: the processes run this file as a script (see the end).
+# DTensors: the processes run this file as a script (see the end).
+
+
+def sequence_parallel(rank: int, out: Path) -> None:
+    """A norm over halves of a sequence: its weight is replicated, and its gradient a sum that nobody has made yet."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh, x = init_device_mesh("cpu", (2,)), torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+    model = parallelize_module(nn.Sequential(nn.LayerNorm(8)), mesh, {"0": SequenceParallel(sequence_dim=0)})
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    for _ in range(3):
+        model(distribute_tensor(x, mesh, [Shard(0)])).to_local().pow(3).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(model[0].weight.to_local(), out / f"norm{rank}.pt")
 
 
 def sharded(rank: int, out: Path) -> None:
@@ -273,8 +289,25 @@ def sharded(rank: int, out: Path) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo and CPU tensors")
+def test_a_gradient_that_is_placed_otherwise_is_brought_to_its_parameters_place(
+    two_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for process in two_ranks(__file__, "sequence_parallel", str(tmp_path)):
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    x, norm = torch.randn(4, 8, generator=torch.Generator().manual_seed(5)), nn.LayerNorm(8)
+    optimizer = AdamW(norm.named_parameters(), lr=1e-2)
+    for _ in range(3):
+        norm(x).pow(3).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"norm{rank}.pt", weights_only=True), norm.weight)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo and CPU tensors")
 def test_fsdp2_shards_train_as_the_whole_model_does(two_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    for process in two_ranks(__file__, str(tmp_path)):
+    for process in two_ranks(__file__, "sharded", str(tmp_path)):
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     whole = encoder()
@@ -293,5 +326,5 @@ def test_fsdp2_shards_train_as_the_whole_model_does(two_ranks: Callable[..., lis
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    sharded(dist.get_rank(), Path(sys.argv[1]))
+    {"sharded": sharded, "sequence_parallel": sequence_parallel}[sys.argv[1]](dist.get_rank(), Path(sys.argv[2]))
     dist.destroy_process_group()
