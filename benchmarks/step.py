@@ -63,7 +63,7 @@ def main() -> None:
     all_groups = groups(model, config, weight_decay=0.28)
     optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
-    early = UpdateEarly(own, dict(model.named_parameters())) if args.update_early else None
+    early = UpdateEarly(own) if args.update_early else None
 
     def step() -> torch.Tensor:
         if early is not None:

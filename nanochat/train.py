@@ -137,7 +137,7 @@ class Run:
             all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw, config.formats, config.seed
         )
         own = [optimizer for optimizer in self.optimizers if isinstance(optimizer, StoredByName)]
-        self.early = UpdateEarly(own, self.parameters) if config.update_early else None
+        self.early = UpdateEarly(own) if config.update_early else None
 
     @property
     def _resuming(self) -> bool:
@@ -324,7 +324,11 @@ class Run:
             loss.backward()
         else:
             early.bad = "the loss"
-        return parallel.GradientCheck(early.finish(), early.bad, value)
+        norm = early.finish()
+        if early.bad is not None:
+            for optimizer in self.optimizers:
+                optimizer.steps = optimizer.steps  # one made in part counts for all: a checkpoint holds one count
+        return parallel.GradientCheck(norm, early.bad, value)
 
     def _set_rates(self, multiplier: float) -> None:
         step, plan = self.progress.step, self.plan

@@ -13,16 +13,18 @@ its gradient in bf16.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nvfp8.ops import ops
-from nvfp8.optim.stored import StoredOptimizer, local
+from nvfp8.optim.shards import local
+from nvfp8.optim.stored import StoredOptimizer
 from nvfp8.reference_optim import AdamWTensor
 from nvfp8.state import Master
 
 
 class AdamW(StoredOptimizer):
-    """AdamW for fp32 and bf16 parameters on one device, DTensors included."""
+    """AdamW for fp32 and bf16 parameters, DTensors included."""
 
     coded = ("exp_avg", "exp_avg_sq")
 
@@ -47,13 +49,13 @@ class AdamW(StoredOptimizer):
             seed: of stochastic rounding.
 
         Raises:
-            ValueError: no format is called so, or a parameter is neither fp32 nor bf16, or not contiguous.
+            ValueError: no format is called so, a parameter is neither fp32 nor bf16, or not contiguous, or a rate cannot be.
         """
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "exp_avg_dtype": exp_avg_dtype,
-            "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weights": master_weights, "stochastic": stochastic,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weights": master_weights, "stochastic": stochastic, "seed": seed,
         }  # fmt: skip
-        super().__init__(params, defaults, seed)
+        super().__init__(params, defaults)
 
     def _allocate(self, group: dict[str, Any], kept: Master) -> None:
         for p in group["params"]:
@@ -62,14 +64,16 @@ class AdamW(StoredOptimizer):
             self._keep(p, moments, kept.allocate(part))
 
     def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
-        tensors = [self._tensor(p, gradient) for p, gradient in given]
-        if tensors:
+        by_device: dict[torch.device, list[AdamWTensor]] = {}
+        for p, gradient in given:
+            by_device.setdefault(p.device, []).append(self._tensor(p, gradient))
+        for tensors in by_device.values():
             ops(tensors[0].parameter).adamw_(tensors)
 
     def _tensor(self, p: Tensor, gradient: Tensor) -> AdamWTensor:
         group = self._group_of[p]
         beta1, beta2 = group["betas"]
-        lr, steps = float(group["lr"]), group["steps"]
+        lr, steps = float(group["lr"]), self._steps(p)
         factors = (
             1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
         )  # fmt: skip

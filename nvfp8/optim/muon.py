@@ -113,9 +113,9 @@ class Muon(StoredOptimizer):
         self._stacks: list[_Stack] = []
         defaults = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "momentum_dtype": momentum_dtype,
-            "master_weights": master_weights,
+            "master_weights": master_weights, "seed": seed,
         }  # fmt: skip
-        super().__init__(params, defaults, seed)
+        super().__init__(params, defaults)
 
     def _allocate(self, group: dict[str, Any], kept: Master) -> None:
         """Sort a group's matrices by shape and allocate their state."""

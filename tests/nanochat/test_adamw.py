@@ -192,7 +192,8 @@ def test_names_must_match_parameters_and_torchs_own_state_is_refused() -> None:
 def test_an_empty_group_is_a_rank_that_owns_nothing() -> None:
     opt = AdamW([{"params": [], "param_names": [], **HYPER, "master": False}])
     opt.step()
-    assert list(opt.state_tensors()) == ["adamw.steps"]
+    assert opt.state_tensors() == {}
+    opt.load_state_tensors({}, {})
 
 
 FORMATS = list(itertools.product(STATE_DTYPES, STATE_DTYPES, MASTERS))

@@ -261,7 +261,7 @@ def test_an_early_update_stops_at_a_gradient_that_is_not_finite(
     assert f"step 2: the gradient of {name} is not finite, 2 of " in out and "parameters were updated before it" in out
     before, after = tensors(step=2), tensors(step=3)
     changed = {key.split(".exp_avg")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"lm_head.weight", "backout_lambda", "adamw.steps", "muon.steps"}
+    assert changed == {"lm_head.weight", "backout_lambda", "adamw.steps"}  # no matrix of Muon's was
 
 
 def test_a_bad_loss_updates_nothing_early(
