@@ -7,7 +7,7 @@ of matrices in a stack nor the way a stack is cut into chunks changes a bit.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,15 @@ class AdamWTensor(NamedTuple):
     stochastic: bool
 
 
-def adamw_(tensors: Sequence[AdamWTensor]) -> None:
+def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> None:
     """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula.
 
     Where m is FP8, √v counts as no less than the number next to 0 that m could have been stored as. An m far below it is rounded
     up to it now and then, and beside a √v that is as small as the true m that would make a step of thousands of lr.
+
+    Args:
+        tensors: all on one device.
+        plans: where kernels keep what they have worked out of sizes, for the same tensors' next step; the twin needs nothing.
     """
     for t in tensors:
         take1, take2, step_size, unbias2, eps, keep = t.factors

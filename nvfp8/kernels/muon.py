@@ -116,6 +116,10 @@ def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tenso
     return table.to(first.device, non_blocking=True), all(address % 16 == 0 for address in addresses)
 
 
+def _on_one_device(x: Tensor, *others: Tensor | None) -> None:
+    assert all(other is None or other.device == x.device for other in others), "what a launch is given lies on one device"
+
+
 def _grid(x: Tensor) -> tuple[int, int]:
     n, r, c = x.shape
     assert r * c <= 2**31 - BLOCK, "inside a matrix, kernels count in int32"
@@ -129,6 +133,7 @@ def muon_nesterov_(
     """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
     n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
+    _on_one_device(x, *gradients, momentum, scales)
     assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
     if scales is not None:
         assert keys is not None, "what is rounded stochastically needs a key for each matrix"
@@ -136,10 +141,12 @@ def muon_nesterov_(
     dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
     gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
     table, aligned = _table(gradients, keys if scales is not None else None)
-    _muon_nesterov[_grid(x)](
-        table, momentum, scales, x, r, c, float(take), float(mu), tl.float32 if dtype == torch.float32 else tl.bfloat16, aligned,
-        rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    kind = tl.float32 if dtype == torch.float32 else tl.bfloat16
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _muon_nesterov[_grid(x)](
+            table, momentum, scales, x, r, c, float(take), float(mu), kind, aligned, rounding.FORMATS.get(momentum.dtype),
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
 
 
 def muon_descend_(
@@ -149,6 +156,7 @@ def muon_descend_(
     """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
     narrow = weights[0].dtype == torch.bfloat16
     assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
+    _on_one_device(x, *weights, kept, scale)
     assert all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights), "weights must be contiguous, of one dtype"
     assert narrow or weights[0].dtype == torch.float32, "weights must be fp32 or bf16"
     assert narrow or kept is None, "an fp32 weight is whole"
@@ -157,7 +165,8 @@ def muon_descend_(
     drawn = narrow and not mastered and extra < 16
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     table, aligned = _table(weights, keys if drawn else None)
-    _muon_descend[_grid(x)](
-        table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
-        mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _muon_descend[_grid(x)](
+            table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
+            mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip

@@ -57,6 +57,10 @@ class AdamW(StoredOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
+    def _index(self) -> None:
+        super()._index()
+        self._plans: dict[Any, Tensor] = {}  # the kernel's
+
     def _allocate(self, group: dict[str, Any], kept: Master) -> None:
         for p in group["params"]:
             part = local(p)
@@ -68,7 +72,7 @@ class AdamW(StoredOptimizer):
         for p, gradient in given:
             by_device.setdefault(p.device, []).append(self._tensor(p, gradient))
         for tensors in by_device.values():
-            ops(tensors[0].parameter).adamw_(tensors)
+            ops(tensors[0].parameter).adamw_(tensors, self._plans)
 
     def _tensor(self, p: Tensor, gradient: Tensor) -> AdamWTensor:
         group = self._group_of[p]

@@ -104,7 +104,7 @@ class StoredOptimizer(torch.optim.Optimizer):
             del self._formats[place:]
             for p in group["params"]:
                 for kind in (self._names, self._group_of, self.state):
-                    kind.pop(p, None)  # type: ignore[attr-defined]
+                    kind.pop(p, None)
             raise
 
     def _enter(self, group: dict[str, Any], place: int) -> None:

@@ -1,4 +1,4 @@
-"""AdamW over DTensors: FSDP2's shards train as the whole does, and torch's distributed checkpoints save, load and reshard its state.
+"""AdamW over DTensors: FSDP2's shards train as the whole does, torch's distributed checkpoints save, load and reshard its state.
 
 The processes run this file as a script (see the end).
 """
