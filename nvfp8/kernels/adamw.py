@@ -71,14 +71,16 @@ def _read(
 @triton.jit
 def _write(
     addresses, value, at, size, block, bits,
-    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
     if FORMAT is None:
         if tl.bfloat16 == TYPE:
-            # By bits: the interpreter's casts to bf16 cut off.
-            bits, _ = rounding.split(value, rounding.nearest(value), 0)
-            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, bits.to(tl.int16), at < size)
+            if not STOCHASTIC:
+                bits = rounding.nearest(value)
+            top, _ = rounding.split(value, bits, 0)
+            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, top.to(tl.int16), at < size)
         else:
             tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
     else:
@@ -116,16 +118,16 @@ def _adamw(
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least * least)
-        counted = tl.sqrt(counted * tl.load(factors + 3))
+        counted = rounding.square_root(counted * tl.load(factors + 3))
     else:
-        v = tl.sqrt(v)  # what is stored
+        v = rounding.square_root(v)  # what is stored
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least)
         counted = counted * tl.load(factors + 6)
     step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
-    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
-    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, ALIGNED, BLOCK)
+    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, ALIGNED, BLOCK)
 
     keep = tl.load(factors + 5)
     if tl.float32 == PARAMETER:
@@ -138,7 +140,7 @@ def _adamw(
             stored = tl.load(weight, mask, 0)
             value = rounding.join(stored, tl.zeros_like(stored), 0)
         elif tl.float32 == REST:
-            value = tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0)
+            value = rounding.written(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0))
         else:
             value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
         value = value * keep - step

@@ -62,7 +62,11 @@ def _muon_nesterov(
     if FORMAT is not None:
         m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, at), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
-    tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
+    if MOMENTUM.dtype.element_ty == tl.bfloat16:
+        top, _ = rounding.split(m, _bits(GRADIENTS, matrix, at), 0)
+        tl.store((MOMENTUM + start + at).to(tl.pointer_type(tl.int16), bitcast=True), top.to(tl.int16), mask)
+    else:
+        tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -82,7 +86,7 @@ def _muon_descend(
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
     u = tl.load(X + start + at, mask, 0.0).to(tl.float32) * scale
     if MASTERED:
-        w = tl.load(KEPT + start + at, mask, 0.0)
+        w = rounding.written(tl.load(weight, mask, 0), tl.load(KEPT + start + at, mask, 0.0))
     elif NARROW:
         if EXTRA > 0:
             rest = tl.load(KEPT + start + at, mask, 0)
@@ -135,12 +139,13 @@ def muon_nesterov_(
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
     _on_one_device(x, *gradients, momentum, scales)
     assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
+    drawn = momentum.dtype != torch.float32
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     if scales is not None:
-        assert keys is not None, "what is rounded stochastically needs a key for each matrix"
         assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
     dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
     gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
-    table, aligned = _table(gradients, keys if scales is not None else None)
+    table, aligned = _table(gradients, keys if drawn else None)
     kind = tl.float32 if dtype == torch.float32 else tl.bfloat16
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _muon_nesterov[_grid(x)](

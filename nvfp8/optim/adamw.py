@@ -4,7 +4,8 @@
     p ← p·(1 - lr·wd) - lr / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵗ)) + eps)
 
 Decoupled weight decay (arXiv 1711.05101), eps outside the root. What is read is widened to fp32, what is written is rounded once.
-Where m is FP8, √v counts as no less than m's smallest code (`nvfp8/reference_optim.py` says why).
+Where m is FP8, √v counts as no less than m's smallest code (`nvfp8/reference_optim.py` says why). In FP8 what is not finite
+spreads over the 128 elements that share its scale, and stays: look at gradients before a step.
 
 On a GPU that is one launch for each combination of storage (`nvfp8/kernels/adamw.py`), which reads g and reads and writes the
 rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 for a bf16+8 weight with both moments in FP8 and
@@ -43,9 +44,10 @@ class AdamW(StoredOptimizer):
             eps: added to the root.
             weight_decay: wd.
             exp_avg_dtype: how m is stored, a key of `nvfp8.state.STATE_DTYPES`.
-            exp_avg_sq_dtype: how v is stored; in FP8 its root. bf16 is rounded to nearest: v freezes where β₂ is over 0.996.
+            exp_avg_sq_dtype: how v is stored; in FP8 its root.
             master_weights: what is kept beside bf16 parameters, a key of `nvfp8.state.MASTERS`; fp32 ones are whole.
-            stochastic: round what is not kept of a bf16 parameter stochastically, or to nearest, which loses small updates.
+            stochastic: round bf16, of parameters that nothing completes and of moments, stochastically, or to nearest, which loses
+                small updates and freezes a v whose β₂ is over 0.996. FP8 is always rounded stochastically.
             seed: of stochastic rounding.
 
         Raises:

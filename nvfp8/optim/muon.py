@@ -229,7 +229,7 @@ class Muon(StoredOptimizer):
         assert momentum is not None
         x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
         passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
-        keys = None if scales is None else [self._key(p, _MOMENTUM) for p in params]
+        keys = None if momentum.dtype == torch.float32 else [self._key(p, _MOMENTUM) for p in params]
         passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
         _equilibrate_(x)
         x = polar_express(x, fastest_products(r, c, self.compute_dtype))

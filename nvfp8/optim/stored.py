@@ -268,7 +268,8 @@ class StoredOptimizer(torch.optim.Optimizer):
                     place.scale.copy_(scale)
                 return
             value = theirs.decode(Stored(data, scale)).to(place.data.device)
-            ours.encode_(place, value, rounding.draw(value, self._key(parameter, _CONVERSION + self.coded.index(what))))
+            bits = rounding.draw(value, self._key(parameter, _CONVERSION + self.coded.index(what))) if ours.blocked else None
+            ours.encode_(place, value, bits)  # once to nearest, bf16 loses least
 
         return write
 
