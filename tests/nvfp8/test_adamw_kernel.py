@@ -177,9 +177,8 @@ def test_adversarial_blocks_of_roots_come_out_of_the_kernel_as_of_the_twin(block
     results = []
     for module in (kernels, reference):
         states = codec(form).allocate((128,), DEVICE), codec(form, second_moment=True).allocate((128,), DEVICE)
-        module.adamw_(
-            [AdamWTensor(torch.zeros(128, device=DEVICE), gradient, *states, None, (1.0, 1.0, 0.1, 1.0, 1e-8, 1.0), 3, True)]
-        )
+        weight, whole = torch.zeros(128, device=DEVICE), (1.0, 1.0, 0.1, 1.0, 1e-8, 1.0)
+        module.adamw_([AdamWTensor(weight, gradient, *states, None, whole, 3, True)])
         second = states[1].data.float()
         assert second.isfinite().all() and torch.equal(second > 0, gradient * gradient > 0), (
             "what is not 0 has a root that is not 0"
