@@ -45,8 +45,8 @@ def main() -> None:
     add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
-    if args.update_early and (args.accumulation != 1 or args.adamw != "own"):
-        parser.error("--update-early goes with --accumulation 1 and --adamw own")
+    if args.update_early and (args.accumulation != 1 or args.adamw != "own" or args.te_weights == "fp8"):
+        parser.error("--update-early goes with --accumulation 1, --adamw own and --te-weights bf16")
     if args.deterministic:
         make_deterministic()
     device = torch.device("cuda")
