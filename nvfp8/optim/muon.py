@@ -20,7 +20,7 @@ Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace 
     sums of squares for NorMuon                       2                          2
     descend, one kernel                               x 2, and the weight twice
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
-    weight                   fp32 4    bf16 beside an fp32 master 6 (written; read as 4)    bf16 2    bf16+8 3    bf16+16 4
+    weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
 52 in all where all is fp32, 44 with an e4m3 momentum and bf16+8 weights. At d24 (680 M) that is 35 and 30 GB, 8.4 and 7.1 ms at
 4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). With bf16 gradients 2 bytes less.
 
