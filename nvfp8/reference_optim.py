@@ -1,8 +1,9 @@
 """The twins of the optimizers' kernels; `nvfp8/reference.py` says what a twin is, and offers these beside its own.
 
-They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; every number is
-the same. What is rounded stochastically takes one key a matrix, and each element's position inside its matrix: neither the order
-of matrices in a stack nor the way a stack is cut into chunks changes a bit.
+They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; but for a
+GPU's roots and quotients (`nvfp8/kernels/rounding.py`) and its fused multiply-adds every number is the same. What is rounded
+stochastically takes one key a matrix, and each element's position inside its matrix: neither the order of matrices in a stack nor
+the way a stack is cut into chunks changes a bit.
 """
 
 import math

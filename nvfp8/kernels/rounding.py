@@ -1,7 +1,8 @@
 """`nvfp8/rounding.py` inside kernels: the same functions on registers.
 
 Integers and single operations come out bit for bit. Roots and quotients do not: a GPU's cheap ones are off by up to 2 units in
-fp32's last place, a scale's reciprocal too, and a value that close to the border of two codes may be stored as the other.
+fp32's last place, a scale's reciprocal too, and a value that close to the border of two codes may be stored as the other. Exact
+ones would make AdamW's kernel in E4M3 128 instructions an element long instead of 97 (sm_90).
 """
 
 import triton

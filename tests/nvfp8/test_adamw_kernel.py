@@ -25,6 +25,7 @@ SIZES = ((1,), (7, 5), (130,), (3, 1376), (16, 512))  # a scalar; within a block
 # Every format of one moment beside every other, every form of weights; not all of their product.
 FORMATS = [(first, second, "bf16+8") for first, second in itertools.product(STATE_DTYPES, STATE_DTYPES)]
 FORMATS += [(first, first, kept) for first in ("fp32", "e4m3") for kept in ("fp32", "bf16", "bf16+16", "whole", "nearest")]
+FORMATS += [("bf16", "bf16", "nearest")]  # which moments in bf16 follow
 
 
 def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
