@@ -155,6 +155,27 @@ def test_addresses_that_16_does_not_divide_are_seen() -> None:
         assert_same(ours, twins)
 
 
+def test_every_launch_is_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whatever its tensors' is: two GPUs show it in test_optim.py."""
+    on: list[Tensor] = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: on.append(tensor) or guard(tensor))
+    w, x = random(4, 8, seed=1), random(1, 4, 8, seed=2)
+    kernels.muon_nesterov_([w], x.clone(), None, x, 0.1, 0.9)
+    kernels.muon_descend_([w], None, x, torch.ones(1, 4, 1, device=DEVICE), 0.1, 0.1)
+    kernels.symmetric_product_(x, x, torch.empty(1, 4, 4, device=DEVICE))
+    moments = codec("fp32").allocate((4, 8), DEVICE), codec("fp32").allocate((4, 8), DEVICE)
+    kernels.adamw_([reference.AdamWTensor(w, w.clone(), *moments, None, (0.1,) * 6, 1, True)])
+    assert len(on) == 4
+    with pytest.raises(AssertionError, match="lies on one device"):
+        kernels.muon_descend_([w], None, x, torch.ones(1, 4, 1, device="meta"), 0.1, 0.1)
+
+
+def test_matrices_of_two_devices_are_two_stacks() -> None:
+    params = [torch.nn.Parameter(torch.ones(4, 8, device=device)) for device in ("cpu", "meta", "cpu")]
+    assert [stack.params for stack in Muon(params)._stacks] == [[params[0], params[2]], [params[1]]]
+
+
 def test_a_momentum_and_its_weight_are_rounded_by_different_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[list[int]] = []
 

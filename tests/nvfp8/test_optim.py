@@ -319,6 +319,21 @@ def test_a_step_of_kernels_raises_version_counters(monkeypatch: pytest.MonkeyPat
     assert p._version > before[0] and still._version == before[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_may_lie_on_several_gpus() -> None:
+    results = []
+    for devices in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
+        params = [nn.Parameter(torch.ones(16, 32, device=device)) for device in devices]
+        for optimizer in (AdamW(params, lr=0.1), Muon(params, lr=0.1)):
+            for p in params:
+                p.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).to(p.device)
+            optimizer.step()
+        results.append([p.detach().cpu() for p in params])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_schedulers_set_its_rates() -> None:
     model = nn.Linear(4, 4, device=DEVICE)
     optimizer = AdamW(model.parameters(), lr=0.5, weight_decay=0.0)
