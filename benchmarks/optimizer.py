@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser("optimizer", description="milliseconds of an optimizer step")
     parser.add_argument("--depth", type=int, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("te", "fp8", "bf16", "fp32"), default="bf16")
     add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
         config = GPTConfig.from_depth(args.depth)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    precision, _ = choose_precision(args.precision, "cuda", engine_options(args) if args.precision == "te" else None)
+    precision, _ = choose_precision(args.precision, "cuda", engine_options(args) if args.precision in ("te", "fp8") else None)
     formats = state_formats(args)
     precision = formats.stored_by(precision, "cuda")
     model = build_model(config, precision, torch.device("cuda"))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --depth 24 --batch 16 --accumulation 8 [--steps 20] [--window-pattern L] [--precision bf16]
     python -m benchmarks.step --depth 24 --batch 16 --precision te [--recipe delayed] [--te-layers separate] [--te-head chunked] …
+    python -m benchmarks.step --depth 24 --batch 16 --precision fp8 [--recipe current]
     python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--window-pattern", default="L")
-    parser.add_argument("--precision", choices=("te", "bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("te", "fp8", "bf16", "fp32"), default="bf16")
     parser.add_argument("--adamw", choices=CHOICES, default="own")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--update-early", action="store_true", help="with --accumulation 1: updates in the middle of backward")
@@ -51,7 +52,7 @@ def main() -> None:
         make_deterministic()
     device = torch.device("cuda")
     config = GPTConfig.from_depth(args.depth, window_pattern=args.window_pattern)
-    options = engine_options(args) if args.precision == "te" else None
+    options = engine_options(args) if args.precision in ("te", "fp8") else None
     precision, _ = choose_precision(args.precision, "cuda", options)
     check(args.adamw, "cuda", precision.matrix_dtype)
     formats = state_formats(args)
@@ -71,11 +72,13 @@ def main() -> None:
             early.begin()
             loss.backward()
             early.finish()
+            model.scaling.update()
             return loss
         for _ in range(args.accumulation):
             loss = model(inputs, targets, 1 / args.accumulation)
             loss.backward()
         torch.cuda.synchronize()
+        model.scaling.update()
         start = time.perf_counter()
         for optimizer in optimizers:
             optimizer.step()

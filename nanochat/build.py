@@ -24,19 +24,19 @@ from nanochat.te_adam import TEAdam
 from nanochat.tokenizer import Tokenizer
 from nvfp8 import te
 from nvfp8.hardware import best_recipe, missing
-from nvfp8.precision import Precision, bf16, fp32
+from nvfp8.precision import Precision, bf16, fp8, fp32
 from nvfp8.precision import te as te_precision
 from nvfp8.recipe import parse_recipe
 
-PRECISIONS = ("auto", "te", "bf16", "fp32")
+PRECISIONS = ("auto", "te", "fp8", "fp8-emulated", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What `--precision te` can be told; `base_train --help` says what each means.
+    """What `--precision te` can be told, and of it the recipe `--precision fp8`; `base_train --help` says what each means.
 
     Attributes:
-        recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,amax_history_len=32".
+        recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,bf16=h.0+h.11.mlp".
         layers: "fused" or "separate".
         head: "chunked", "te", or "auto": "te", which is faster, where weights are bf16, as it needs them.
         weights: "bf16" or "fp8".
@@ -57,9 +57,10 @@ def choose_precision(
 
     Args:
         name: one of PRECISIONS; "auto" takes the best this device has: Transformer Engine where `options` are given (it
-            trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32.
+            trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32. Our own FP8
+            layers it takes once they have been measured to be better: until then they must be asked for.
         device_type: "cuda" or "cpu".
-        options: for Transformer Engine.
+        options: for FP8.
         shape: tokens of a micro-batch and width, which "auto" respects; None where nothing is trained.
 
     Raises:
@@ -71,6 +72,8 @@ def choose_precision(
         if isinstance(chosen, str):
             raise BadInput(f"--precision te: {chosen}, or --precision bf16")
         return chosen, "asked for"
+    if name in ("fp8", "fp8-emulated"):
+        return _own_fp8(name, device_type, options or EngineOptions()), "asked for"
     if options not in (None, EngineOptions()) and name != "auto":
         raise BadInput(f"--recipe and the --te flags go with --precision te, not with {name}")
     if name == "auto":
@@ -87,6 +90,25 @@ def choose_precision(
     if name == "bf16" and device_type == "cuda" and not native:
         raise BadInput(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16 units; use --precision fp32")
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
+
+
+def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
+    if options != EngineOptions(options.recipe):
+        raise BadInput(f"the --te flags and --norm-weight go with --precision te, not with {name}")
+    if name == "fp8":
+        capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
+        reason = "it needs a CUDA device" if capability is None else missing("fp8", capability)
+        if reason is not None:
+            raise BadInput(f"--precision fp8: {reason}; --precision fp8-emulated has the same numerics anywhere")
+    try:
+        chosen = fp8(parse_recipe("delayed" if options.recipe == "auto" else options.recipe), emulated=name == "fp8-emulated")
+    except ValueError as error:
+        raise BadInput(f"--precision {name}: {error}") from error
+    for feature in chosen.recipe.features if name == "fp8" else ():
+        reason = missing(feature, torch.cuda.get_device_capability())
+        if reason is not None:
+            raise BadInput(f"--precision fp8: recipe {chosen.recipe.name}: {reason}; use --recipe delayed")
+    return chosen
 
 
 def _transformer_engine(device_type: str, options: EngineOptions) -> Precision | str:
@@ -115,13 +137,13 @@ def build_model(config: GPTConfig, precision: Precision, device: torch.device, a
     """A model with initial weights on `device`; memory is taken once, for the parameters as they will be.
 
     Raises:
-        BadInput: the attention backend cannot run there.
+        BadInput: the attention backend cannot run there, or the recipe names a layer that the model has not.
     """
-    with torch.device("meta"):
-        model = GPT(config, precision, attention)
-    model.to_empty(device=device)
-    model.init_weights(seed)
     try:
+        with torch.device("meta"):
+            model = GPT(config, precision, attention)
+        model.to_empty(device=device)
+        model.init_weights(seed)
         _ = model.attention_backend
     except ValueError as error:
         raise BadInput(str(error)) from error

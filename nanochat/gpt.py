@@ -19,7 +19,6 @@ from nvfp8.attention import causal_attention, choose_backend, passed_over, proje
 from nvfp8.embedding import TokenOrder, embedding, token_order
 from nvfp8.layers import Pending, mix, settled
 from nvfp8.precision import Precision
-from nvfp8.te_engine import Engine
 
 ROTARY_BASE = 100_000
 SOFTCAP = 15.0
@@ -103,13 +102,14 @@ class Attention(nn.Module):
         self.heads = config.n_head, config.n_kv_head
         self.window = config.window(layer)
         kv_width = config.n_kv_head * config.head_dim
-        self.c_q = precision.linear(config.n_embd, config.n_embd)
-        self.c_k = precision.linear(config.n_embd, kv_width)
-        self.c_v = precision.linear(config.n_embd, kv_width)
-        self.c_proj = precision.linear(config.n_embd, config.n_embd)
+        joined = precision.at("qkv")  # one GEMM
+        self.c_q = joined.linear(config.n_embd, config.n_embd)
+        self.c_k = joined.linear(config.n_embd, kv_width)
+        self.c_v = joined.linear(config.n_embd, kv_width)
+        self.c_proj = precision.at("c_proj").linear(config.n_embd, config.n_embd)
         if config.has_value_embedding(layer):
             self.ve_gate = precision.gate(GATE_CHANNELS, config.n_kv_head)
-        self.qkv = precision.norm_linear(self.c_q, self.c_k, self.c_v)
+        self.qkv = joined.norm_linear(self.c_q, self.c_k, self.c_v)
 
     def forward(
         self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,
@@ -148,8 +148,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, precision: Precision):
         """Allocate both halves; `GPT` calls them, since a block keeps nothing between them."""
         super().__init__()
-        self.attn = Attention(config, layer, precision)
-        self.mlp = precision.mlp(config.n_embd, 4 * config.n_embd)
+        self.attn = Attention(config, layer, precision.at("attn"))
+        self.mlp = precision.at("mlp").mlp(config.n_embd, 4 * config.n_embd)
 
 
 class GPT(nn.Module):
@@ -165,6 +165,9 @@ class GPT(nn.Module):
             config: the shape.
             precision: makes the layers.
             attention: attention backend, resolved for the parameters' device when first used.
+
+        Raises:
+            ValueError: the precision's recipe names a layer that this model has not.
         """
         super().__init__()
         self.config, self.precision, self.attention = config, precision, attention
@@ -172,7 +175,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": precision.embedding(config.padded_vocab, config.n_embd),
-                "h": nn.ModuleList([Block(config, layer, precision) for layer in layers]),
+                "h": nn.ModuleList([Block(config, layer, precision.at(f"h.{layer}")) for layer in layers]),
             }
         )
         self.ln_embed = precision.norm(config.n_embd)
@@ -190,6 +193,7 @@ class GPT(nn.Module):
         cos, sin = self._rotary_tables(config.sequence_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.scaling = precision.scaling(self)  # no module: scales are not among the weights
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin (length, E/2) in the stream's dtype, computed in fp32."""
@@ -346,8 +350,7 @@ class GPT(nn.Module):
 
     def scaling_state(self) -> dict[str, Tensor]:
         """What FP8 layers remember of their tensors' magnitudes, `<layer>.<what>` -> tensor; empty where nothing is."""
-        engines = self._engines()
-        return {f"{name}.{what}": value for name, engine in engines.items() for what, value in engine.scaling_state().items()}
+        return self.scaling.state()
 
     def load_scaling_state(self, saved: Mapping[str, Tensor]) -> None:
         """Take over what `scaling_state` returned, of the same precision.
@@ -355,27 +358,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: it is of another precision; the message says what differs.
         """
-        engines = self._engines()
-        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in engines}
-        for key, value in saved.items():
-            name, _, what = key.rpartition(".")
-            if engines and name not in engines:
-                raise ValueError(f"the scaling state is of a layer {name} that this precision has not")
-            by_layer.setdefault(name, {})[what] = value
-        for name, engine in engines.items():
-            try:
-                if saved:
-                    engine.load_scaling_state(by_layer[name])
-            except ValueError as error:
-                raise ValueError(f"the scaling state of {name}: {error}") from error
-
-    def forget_nonfinite(self) -> None:
-        """After a step that was not applied: what FP8 layers saw in it that was not finite is no magnitude to go by."""
-        for engine in self._engines().values():
-            engine.forget_nonfinite()
-
-    def _engines(self) -> dict[str, Engine]:
-        return {name: m.engine for name, m in self.named_modules() if isinstance(getattr(m, "engine", None), Engine)}
+        self.scaling.load(saved)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by group and in total; depends on the shape alone, whatever the precision."""

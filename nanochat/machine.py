@@ -60,6 +60,8 @@ def check() -> list[Row]:
     if te_reason is None:
         rows += [_can(f"  recipe {name}", te.unsupported(it), it.describe()) for name, it in RECIPES.items() if name != "rowwise"]
         rows.append(Row("  recipe auto", None, best_recipe(torch.cuda.get_device_capability())))
+    reason = missing("fp8", capability) if cuda else "no CUDA device; --precision fp8-emulated has the same numerics anywhere"
+    rows.append(_can("FP8 layers of our own", reason, "yes, with --precision fp8"))
     kind = "cuda" if cuda else "cpu"
     precision, why = choose_precision("auto", kind, EngineOptions())
     shape = GPTConfig()  # the default model's heads and context

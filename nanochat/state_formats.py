@@ -71,7 +71,7 @@ class StateFormats:
         if precision.compute_dtype == torch.float32:
             raise BadInput(
                 f"--master-weights {self.master}: precision {precision.name} computes with fp32 matrices, which are whole; "
-                "it goes with --precision bf16 or te"
+                "it goes with --precision bf16, te or fp8"
             )
         if isinstance(precision, TEPrecision) and precision.weights == "fp8":
             raise BadInput(f"--master-weights {self.master}: --te-weights fp8 quantizes fp32 matrices; use --te-weights bf16")

@@ -178,10 +178,7 @@ class Run:
         self.progress = Progress(**saved.state["progress"])
         if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
             self.progress.best_bpb = None
-        before, now = (
-            asdict(TrainConfig()) | saved.state["train_config"],
-            asdict(config),
-        )  # what did not exist was as it is by default
+        before, now = asdict(TrainConfig()) | saved.state["train_config"], asdict(config)  # what did not exist was as by default
         names = now.keys() - {"resume", "resume_from_step"}
         self.changed = [f"{name} {before[name]} -> {now[name]}" for name in sorted(names) if before[name] != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])
@@ -288,7 +285,9 @@ class Run:
         check = self._backward() if self.early is None else self._backward_and_update(self.early)
         bad = check.bad if math.isfinite(check.loss) else "the loss"
         if bad is not None:
-            self.model.forget_nonfinite()
+            self.model.scaling.forget()
+        elif cast := self.model.scaling.update():  # a cast saturates: what was not finite may leave finite gradients behind
+            bad = f"{cast[0]}, cast to FP8,"
         elif self.early is None:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -345,7 +344,7 @@ class Run:
         progress.bad_steps = 0 if bad is None else progress.bad_steps + 1
         if bad is None:
             return
-        what = bad if bad == "the loss" else f"the gradient of {bad}"
+        what = bad if bad.startswith("the ") else f"the gradient of {bad}"
         left = "the step is not applied"
         if self.early is not None and self.early.updated:
             left = f"{self.early.updated} of {len(self.parameters)} parameters were updated before it, the others are not"

@@ -71,10 +71,14 @@ class TrainConfig:
         """Refuse what no run can do.
 
         Raises:
-            BadInput: a number out of its range, FP8, a format of state that does not exist, or two flags against each other.
+            BadInput: a number out of its range, an FP8 recipe or a format of state that there is not, or flags against each other.
         """
         if self.fp8:
-            raise BadInput("--fp8: FP8 layers of our own do not exist yet; use --precision te, Transformer Engine's")
+            recipe = {"tensorwise": "current"}.get(self.fp8_recipe, self.fp8_recipe)
+            if (self.precision, self.recipe) not in (("auto", "auto"), ("fp8", recipe)):
+                raise BadInput(f"--fp8 is nanochat's way to say --precision fp8 --recipe {recipe}: give the one or the other")
+            object.__setattr__(self, "precision", "fp8")
+            object.__setattr__(self, "recipe", recipe)
         for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
@@ -99,7 +103,7 @@ class TrainConfig:
 
     @property
     def engine(self) -> EngineOptions:
-        """What Transformer Engine is told, where it is used."""
+        """What FP8 layers are told, where they are used."""
         return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight)
 
     @property

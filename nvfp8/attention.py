@@ -28,6 +28,8 @@ from nvfp8 import cudnn_attention
 from nvfp8.embedding import TokenOrder, add_rows_to_gradient, token_order
 from nvfp8.hardware import missing
 from nvfp8.ops import ops
+from nvfp8.quantize import asked, hand_only
+from nvfp8.scaling import Site
 
 BACKENDS = ("fa3", "cudnn", "sdpa", "plain")
 
@@ -36,11 +38,11 @@ class _ProjectHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
-        gate: Tensor | None, table: Tensor | None, ids: Tensor | None, order: TokenOrder | None,
+        gate: Tensor | None, table: Tensor | None, ids: Tensor | None, order: TokenOrder | None, site: Site | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
         ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)  # the table too: autograd sees if it changes
-        ctx.table, ctx.order = table, order
+        ctx.table, ctx.order, ctx.site, ctx.shape = table, order, site, qkv.shape
         return q, k, v
 
     @staticmethod
@@ -48,10 +50,17 @@ class _ProjectHeads(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
+        site: Site | None = ctx.site
+        if site is None:
+            d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
+        else:  # the projections' backward reads FP8, so nothing is written in bf16
+            codes, codes_t, d_gate = site.kernels(q).heads_backward_quantize(
+                dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids, site.scale, site.dtype, site.amax
+            )
+            d_qkv = hand_only(ctx.shape, q.dtype, site, codes, codes_t)
         if ctx.table is not None and ctx.table.requires_grad:
             add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids))
-        return d_qkv, None, None, None, d_gate, None, None, None
+        return d_qkv, None, None, None, d_gate, None, None, None, None
 
 
 def project_heads(
@@ -61,7 +70,7 @@ def project_heads(
     """Rotary, QK norm (× 1.2) and value embedding; keeps q, k (which attention keeps anyway) and 1/rms for backward.
 
     Args:
-        qkv: (B, T, (H + 2K)·E) projections.
+        qkv: (B, T, (H + 2K)·E) projections; where their layer asks for the gradient in FP8, it is written in FP8 only.
         cos: (T, E/2).
         sin: (T, E/2).
         heads: (H, K).
@@ -75,7 +84,7 @@ def project_heads(
     """
     # Kernels address these by token alone; `tokens[:, :-1]` and the like have other strides.
     gate, ids = (None if t is None else t.contiguous() for t in (gate, ids))
-    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids, order)
+    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids, order, asked(qkv))
 
 
 @cache

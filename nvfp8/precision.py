@@ -6,16 +6,18 @@ imported when a model first runs, so shapes can be planned anywhere.
 """
 
 import contextlib
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, cast
 
 import torch
 from torch import nn
 
-from nvfp8 import te_engine, te_layers
+from nvfp8 import scaling, te_engine, te_layers
+from nvfp8.fp8_fine_layers import FineLinear, FineMLP, FineNormLinear
+from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
-from nvfp8.recipe import RECIPES, Recipe
+from nvfp8.recipe import RECIPES, Recipe, covers
 
 Projection = Linear | te_layers.TELinear
 JoinedProjections = NormLinear | te_layers.TENormLinear | te_layers.SeparateNormLinear
@@ -35,6 +37,10 @@ class Precision:
     name: str
     compute_dtype: torch.dtype
     matrix_dtype: torch.dtype = torch.float32
+
+    def at(self, name: str) -> Self:
+        """This precision for the part `name` of the model, or of the part it is for already: recipes may except parts by name."""
+        return self
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         """A lookup table (rows, width)."""
@@ -63,6 +69,10 @@ class Precision:
     def head(self, width: int, vocab: int, padded_vocab: int, softcap: float) -> LinearCrossEntropy:
         """lm_head with its loss."""
         return LinearCrossEntropy(width, vocab, padded_vocab, softcap, self.matrix_dtype)
+
+    def scaling(self, model: nn.Module) -> scaling.ScalingState:
+        """What keeps the scales of `model`, all of whose layers this precision made; asked for once, when it is whole."""
+        return scaling.NoScaling()
 
     def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
         """What forward and loss of training run in; evaluation and generation run outside of it, in the compute dtype.
@@ -98,6 +108,13 @@ def fp32() -> Precision:
 def bf16() -> Precision:
     """bf16 stream and GEMM operands, fp32 matrices: nanochat's own way."""
     return Precision("bf16", torch.bfloat16)
+
+
+def _not_divisible(recipe: Recipe, tokens: int, width: int, of_tokens: int, of_width: int) -> str | None:
+    for count, multiple, what in ((tokens, of_tokens, "tokens a micro-batch"), (width, of_width, "channels")):
+        if count % multiple:
+            return f"recipe {recipe.name} needs a multiple of {multiple} {what}, not {count:,}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,10 @@ class TEPrecision(Precision):
             return super().head(width, vocab, padded_vocab, softcap)
         return te_layers.TEHead(width, vocab, padded_vocab, softcap, self.recipe, self.matrix_dtype)
 
+    def scaling(self, model: nn.Module) -> scaling.ScalingState:
+        """Of Transformer Engine's modules, which renew their scales themselves."""
+        return te_engine.EngineScaling(model)
+
     def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
         """Transformer Engine's autocast with this recipe."""
         return te_engine.autocast(self.recipe, loss_scale)
@@ -157,10 +178,7 @@ class TEPrecision(Precision):
     def refuses(self, tokens: int, width: int) -> str | None:
         """FP8 GEMMs want multiples of 16, scalings by block of 128, in every dimension."""
         multiple = 16 if self.recipe.fprop.left.scaling in ("delayed", "current") else 128
-        for count, what in ((tokens, "tokens a micro-batch"), (width, "channels")):
-            if count % multiple:
-                return f"recipe {self.recipe.name} needs a multiple of {multiple} {what}, not {count:,}"
-        return None
+        return _not_divisible(self.recipe, tokens, width, multiple, multiple)
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
@@ -195,3 +213,117 @@ def te(
         raise ValueError("FP8 weights are for the blocks: the head by te.Linear keeps bf16 weights")
     matrix_dtype = torch.float32 if weights == "fp8" else torch.bfloat16
     return TEPrecision("te", torch.bfloat16, matrix_dtype, recipe, layers, te_head, weights, norm_weight)
+
+
+@dataclass(frozen=True)
+class FP8Precision(Precision):
+    """Our own FP8 layers; what the recipe excepts, the head, gates and all evaluation are bf16.
+
+    Attributes:
+        recipe: how the GEMMs run, and what stays in bf16.
+        emulated: the same numerics by plain PyTorch, on any device.
+        path: dotted name of the part of the model that this makes layers for.
+        made: names of all GEMMs made so far, shared by the precisions of all parts.
+    """
+
+    recipe: Recipe = RECIPES["delayed"]
+    emulated: bool = False
+    path: str = ""
+    made: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def at(self, name: str) -> Self:
+        """This precision for a part called `name` of this part."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    def _in_bf16(self) -> bool:
+        self.made.add(self.path)
+        return self.recipe.keeps_in_bf16(self.path)
+
+    @property
+    def _fine(self) -> bool:
+        """Whether scales are finer than one a tensor."""
+        return self.recipe.fprop.left.scaling not in ("delayed", "current")
+
+    def linear(self, in_features: int, out_features: int) -> FP8Linear | FineLinear:
+        """A projection in FP8."""
+        made = FineLinear if self._fine else FP8Linear
+        return made(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, self._in_bf16())
+
+    def norm_linear(self, *projections: Projection) -> JoinedProjections:
+        """Residual mix, norm and projections in one GEMM."""
+        made = FineNormLinear if self._fine else FP8NormLinear
+        given = cast(tuple[Linear, ...], projections)
+        return made(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16())
+
+    def mlp(self, width: int, hidden: int) -> MLP:
+        """The MLP; with one scale a tensor relu² is inside its GEMMs."""
+        c_fc, c_proj = self.at("c_fc").linear(width, hidden), self.at("c_proj").linear(hidden, width)
+        if isinstance(c_fc, FineLinear) and isinstance(c_proj, FineLinear):
+            return FineMLP(c_fc, c_proj)
+        assert isinstance(c_fc, FP8Linear) and isinstance(c_proj, FP8Linear)
+        return FP8ReluSquaredMLP(c_fc, c_proj, self.recipe, self.emulated)
+
+    def scaling(self, model: nn.Module) -> scaling.ScalingState:
+        """Of all casts in `model`.
+
+        Raises:
+            ValueError: the recipe excepts something that the model has not.
+        """
+        for pattern in self.recipe.bf16:
+            if not any(covers(pattern, name) for name in self.made):
+                names = ", ".join(sorted(self.made)[:4])
+                raise ValueError(f"recipe {self.recipe.name}: bf16={pattern} is no part of this model, whose GEMMs are {names}, …")
+        kinds = (FP8Linear, FP8NormLinear, FP8ReluSquaredMLP)
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.projections}
+        sites = {name: [site for part in layer.projections for site in part.sites] for name, layer in layers.items()}
+        return scaling.Scaling(sites, self.recipe)
+
+    def autocast(self, loss_scale: float) -> contextlib.AbstractContextManager[None]:
+        """Compute in FP8."""
+        return scaling.autocast(loss_scale)
+
+    def refuses(self, tokens: int, width: int) -> str | None:
+        """FP8 GEMMs want multiples of 16 in every dimension, cuBLAS's scales of 128×128 blocks come in fours."""
+        multiples = (128, 512) if self.recipe.fprop.left.scaling == "block1x128" else (16, 16)
+        return _not_divisible(self.recipe, tokens, width, *multiples)
+
+    def describe(self) -> dict[str, str]:
+        """What each part of the model runs in."""
+        excepted = [name for name in self.made if self.recipe.keeps_in_bf16(name)]
+        fused = {
+            "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
+            "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
+            "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix",
+        }
+        apart = {part: "FP8 GEMM, casts in plain PyTorch, each by itself" for part in fused}
+        kept = f"{', '.join(self.recipe.bf16)} ({len(excepted)} of {len(self.made)} GEMMs)" if self.recipe.bf16 else "none"
+        return {
+            **(apart if self._fine else fused),
+            "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
+            "FP8": "emulated in fp32" if self.emulated else "tensor cores",
+            "GEMMs left in bf16": kept,
+            "head": "bf16 operands in chunks",
+            "gates": "bf16",
+            "evaluation": "bf16",
+            "weights in FP8": "copies with their transposes, made once a step",
+            "gradients of matrices": "bf16, summed over micro-batches in bf16",
+            **self._storage(),
+        }
+
+
+def fp8(recipe: Recipe, *, emulated: bool = False) -> FP8Precision:
+    """Our own FP8 layers with `recipe`.
+
+    Args:
+        recipe: in FP8; scaled by tensor it is fast, by row or block it is there for comparison.
+        emulated: the same numerics by plain PyTorch, on any device.
+
+    Raises:
+        ValueError: a recipe that these layers have not; the message says what they have.
+    """
+    x, w, dy = recipe.fprop.left, recipe.fprop.right, recipe.dgrad.left
+    if not {operand.format for operand in recipe.operands} <= {"e4m3", "e5m2"} or "mx32" in (x.scaling, w.scaling, dy.scaling):
+        raise ValueError(f"recipe {recipe.name}: our own FP8 layers have delayed, current, e4m3, rowwise and blockwise")
+    if (recipe.dgrad.right, recipe.wgrad.left, recipe.wgrad.right) != (w, dy, x):
+        raise ValueError(f"recipe {recipe.name}: our own FP8 layers cast a tensor once for all GEMMs: {recipe.describe()}")
+    return FP8Precision("fp8-emulated" if emulated else "fp8", torch.bfloat16, torch.bfloat16, recipe, emulated)

@@ -13,6 +13,7 @@ first, an extra pass; `delayed` takes it from the steps before, no pass; `row` o
 or 128×128 elements (arXiv 2412.19437), MX blocks one power of two for 32 (arXiv 2310.10537), NVFP4 one E4M3 scale for 16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +96,8 @@ class Recipe:
         amax_history_len: how many amaxes delayed scaling remembers.
         amax_compute_algo: which of them counts: the largest ("max") or the newest ("most_recent").
         interval: steps between updates of the scale; Transformer Engine dropped the choice, so 1.
+        bf16: what stays in bf16: dotted names of blocks, layers or projections ("h.0", "h.11.mlp", "h.3.attn.c_proj"), * for any
+            part of a name. c_q, c_k and c_v are one GEMM, "attn.qkv".
     """
 
     name: str
@@ -105,6 +108,7 @@ class Recipe:
     amax_history_len: int = 16
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     interval: int = 1
+    bf16: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings that no backend follows."""
@@ -130,10 +134,20 @@ class Recipe:
         """What a device must have, names of `nvfp8.hardware.FEATURES`, sorted."""
         return tuple(sorted({_FEATURES[operand.scaling] for operand in self.operands if operand.scaling != "none"}))
 
+    def keeps_in_bf16(self, name: str) -> bool:
+        """Whether the layer `name` ("h.11.mlp.c_fc"), or a part of the model that holds it, is among `bf16`."""
+        return any(covers(pattern, name) for pattern in self.bf16)
+
     def describe(self) -> str:
         """One line: the three GEMMs with formats, scaling and accumulation."""
         gemms = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
         return "; ".join(f"{name} {_line(gemm)}" for name, gemm in gemms.items())
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a dotted `pattern` is `name` or a beginning of it; * stands for any one part."""
+    parts, of = pattern.split("."), name.split(".")
+    return len(parts) <= len(of) and all(part in ("*", other) for part, other in zip(parts, of, strict=False))
 
 
 def _line(gemm: Gemm) -> str:
@@ -183,13 +197,16 @@ def recipe(name: str, **changes: object) -> Recipe:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """The recipe a flag names: `<name>` or `<name>:<field>=<value>,…`, such as "delayed:margin=1,amax_history_len=32".
+    """The recipe a flag names: `<name>` or `<name>:<field>=<value>,…`, such as "delayed:margin=1,bf16=h.0+h.11.mlp".
 
     Raises:
         ValueError: no such name or field, or a value that makes no recipe; the message says what can be written.
     """
     name, _, changes = text.partition(":")
-    kinds = {"margin": int, "amax_history_len": int, "amax_compute_algo": str, "interval": int}
+    kinds: dict[str, Callable[[str], object]] = {
+        "margin": int, "amax_history_len": int, "amax_compute_algo": str, "interval": int,
+        "bf16": lambda names: tuple(filter(None, names.split("+"))),
+    }  # fmt: skip
     fields: dict[str, object] = {}
     for change in filter(None, changes.split(",")):
         field, _, value = change.partition("=")

@@ -2,7 +2,8 @@
 
 Tests compare each Triton kernel with its twin and both with fp64; a CPU runs the twins themselves. Twins and kernels have
 the same names and arguments, so `nvfp8.ops` can choose by device. Statistics and all arithmetic are fp32 (fp64 for fp64
-input); each result is rounded once to the dtype of the tensor it replaces. Twins of optimizers are in `nvfp8/reference_optim.py`.
+input); each result is rounded once to the dtype of the tensor it replaces. Twins of optimizers are in `nvfp8/reference_optim.py`,
+of kernels that write FP8 in `nvfp8/reference_fp8.py`, formulas that both share in `nvfp8/reference_math.py`.
 
 Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E head dimension, V vocabulary.
 """
@@ -10,21 +11,26 @@ Letters: N tokens (B·T), D model width, H query heads, K key/value heads, E hea
 import torch
 from torch import Tensor
 
+from nvfp8.reference_fp8 import add_norm_quantize as add_norm_quantize
+from nvfp8.reference_fp8 import amax_ as amax_
+from nvfp8.reference_fp8 import gemm_relu_squared as gemm_relu_squared
+from nvfp8.reference_fp8 import gemm_relu_squared_backward as gemm_relu_squared_backward
+from nvfp8.reference_fp8 import heads_backward_quantize as heads_backward_quantize
+from nvfp8.reference_fp8 import mix_norm_backward_quantize as mix_norm_backward_quantize
+from nvfp8.reference_fp8 import mix_norm_quantize as mix_norm_quantize
+from nvfp8.reference_fp8 import norm_backward_quantize as norm_backward_quantize
+from nvfp8.reference_fp8 import quantize as quantize
+from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_backward_quantize
+from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
+from nvfp8.reference_math import NORM_EPS as NORM_EPS
+from nvfp8.reference_math import QK_SCALE as QK_SCALE
+from nvfp8.reference_math import add as add
+from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
 from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
-from nvfp8.rounding import draw, split
-
-# nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
-NORM_EPS = 2.0**-23
-# Queries and keys are sharpened after their norm: each carries the factor 1.2.
-QK_SCALE = 1.2
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,26 +42,8 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         x̂ (..., D) in x's dtype, and 1/rms (...) in fp32.
     """
-    wide = _wide(x)
-    rstd = (wide.square().mean(-1) + NORM_EPS).rsqrt()
-    return (wide * rstd[..., None]).to(x.dtype), rstd
-
-
-def add(stream: Tensor, branch: Tensor) -> Tensor:
-    """Add a branch to the residual stream; a bf16 stream is rounded stochastically.
-
-    Rounded to nearest, a branch below half of the stream's last bit would leave every element as it was. The random bits are a
-    hash of an element's place.
-
-    Args:
-        stream: (..., D).
-        branch: (..., D).
-
-    Returns:
-        (..., D) in the stream's dtype.
-    """
-    wide = _wide(stream) + _wide(branch)
-    return split(wide, None, draw(wide, 0))[0] if stream.dtype == torch.bfloat16 else wide.to(stream.dtype)
+    normed, rstd = norm(wide(x))
+    return normed.to(x.dtype), rstd
 
 
 def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,16 +64,10 @@ def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | 
     Returns:
         dx (..., D), and x̂ (..., D) once more: the weight gradient needs it, so nobody has to keep it.
     """
-    dx, normed = _norm_gradient(_wide(d_normed), _wide(x), rstd)
+    dx, normed = norm_gradient(wide(d_normed), wide(x), rstd)
     if d_stream is not None:
-        dx = dx + _wide(d_stream)
+        dx = dx + wide(d_stream)
     return dx.to(x.dtype), normed.to(x.dtype)
-
-
-def _norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    normed = x * rstd[..., None]
-    dx = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return dx, normed
 
 
 def mix_norm_backward(
@@ -107,14 +89,13 @@ def mix_norm_backward(
     Returns:
         dx (..., D), which is the gradient of `pending` too, the new d_x0 (..., D), dλ (2,) fp32, x̂ (..., D).
     """
-    before, mixed = _mix(x, pending, x0, lambdas)
-    mixed = _wide(mixed)
-    ds, normed = _norm_gradient(_wide(d_normed), mixed, rstd)
-    ds = ds + _wide(d_stream)
+    before, stream = mixed(x, pending, x0, lambdas)
+    ds, normed = norm_gradient(wide(d_normed), wide(stream), rstd)
+    ds = ds + wide(d_stream)
     dx0 = ds * lambdas[1]
     if d_x0 is not None:
-        dx0 = dx0 + _wide(d_x0)
-    d_lambdas = torch.stack(((ds * before).sum(), (ds * _wide(x0)).sum()))
+        dx0 = dx0 + wide(d_x0)
+    d_lambdas = torch.stack(((ds * before).sum(), (ds * wide(x0)).sum()))
     return (ds * lambdas[0]).to(x.dtype), dx0.to(x.dtype), d_lambdas, normed.to(x.dtype)
 
 
@@ -131,9 +112,9 @@ def mix_forward(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, 
     Returns:
         s (..., D), x̂[..., :width], 1/rms of s (...).
     """
-    _, mixed = _mix(x, pending, x0, lambdas)
-    normed, rstd = norm_forward(mixed)
-    return mixed, normed[..., :width].contiguous(), rstd
+    _, stream = mixed(x, pending, x0, lambdas)
+    normed, rstd = norm_forward(stream)
+    return stream, normed[..., :width].contiguous(), rstd
 
 
 def mix_backward(
@@ -157,23 +138,15 @@ def mix_backward(
     Returns:
         dx (..., D), the new d_x0 (..., D), dλ (2,) fp32.
     """
-    mixed, wide_x0 = _wide(stream), _wide(x0)
-    ds = _wide(d_stream) if d_branch is None else _wide(d_stream) + _wide(d_branch)
+    ds = wide(d_stream) if d_branch is None else wide(d_stream) + wide(d_branch)
     if d_head is not None:
-        d_normed = torch.nn.functional.pad(_wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
-        ds = ds + _norm_gradient(d_normed, mixed, rstd)[0]
+        d_normed = torch.nn.functional.pad(wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
+        ds = ds + norm_gradient(d_normed, wide(stream), rstd)[0]
     dx0 = ds * lambdas[1]
     if d_x0 is not None:
-        dx0 = dx0 + _wide(d_x0)
-    along_x0 = (ds * wide_x0).sum()
-    d_lambdas = torch.stack((((ds * mixed).sum() - lambdas[1] * along_x0) / lambdas[0], along_x0))
+        dx0 = dx0 + wide(d_x0)
+    d_lambdas = lambda_gradient(ds, wide(stream), wide(x0), lambdas)
     return (ds * lambdas[0]).to(stream.dtype), dx0.to(stream.dtype), d_lambdas
-
-
-def _mix(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
-    # x + pending, wide, and s. s is rounded to the stream's dtype: backward must normalize the very tensor that forward wrote.
-    before = _wide(x) if pending is None else _wide(x) + _wide(pending)
-    return before, (before * lambdas[0] + _wide(x0) * lambdas[1]).to(x.dtype)
 
 
 def heads_forward(
@@ -197,11 +170,11 @@ def heads_forward(
         q (B, T, H, E), k (B, T, K, E), v (B, T, K, E), contiguous, and 1/rms of the rotated q and k (B, T, H + K) fp32.
     """
     n_head, n_kv = heads
-    q_k, v = _wide(qkv).unflatten(-1, (n_head + 2 * n_kv, -1)).split((n_head + n_kv, n_kv), dim=2)
-    normed, rstd = norm_forward(_rotate(q_k, cos, sin))
+    q_k, v = wide(qkv).unflatten(-1, (n_head + 2 * n_kv, -1)).split((n_head + n_kv, n_kv), dim=2)
+    normed, rstd = norm_forward(rotate(q_k, cos, sin))
     q, k = (normed * QK_SCALE).split((n_head, n_kv), dim=2)
     if gate is not None and table is not None and ids is not None:
-        v = v + _wide(gate)[..., None] * _wide(table[ids]).view_as(v)
+        v = v + wide(gate)[..., None] * wide(table[ids]).view_as(v)
     return q.to(qkv.dtype).contiguous(), k.to(qkv.dtype).contiguous(), v.to(qkv.dtype).contiguous(), rstd
 
 
@@ -227,23 +200,8 @@ def heads_backward(
     Returns:
         d_qkv (B, T, (H + 2K)·E), and d_gate (B, T, K) or None. The gradient of table[ids] is gate · dv: `add_rows_` forms it.
     """
-    dtype = dq.dtype
-    normed = torch.cat((_wide(q), _wide(k)), 2) / QK_SCALE
-    d_normed = torch.cat((_wide(dq), _wide(dk)), 2) * QK_SCALE
-    d_rotated = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    d_q_k = _rotate(d_rotated, cos, -sin)
-    wide_dv = _wide(dv)
-    d_qkv = torch.cat((d_q_k, wide_dv), 2).flatten(2).to(dtype)
-    if gate is None or table is None or ids is None:
-        return d_qkv, None
-    d_gate = (wide_dv * _wide(table[ids]).view_as(wide_dv)).sum(-1).to(gate.dtype)
-    return d_qkv, d_gate
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    cos, sin = _wide(cos)[:, None], _wide(sin)[:, None]  # (T, 1, E/2): one rotation for all heads
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+    d_qkv, d_gate = heads_gradient(dq, dk, dv, q, k, rstd, cos, sin, None if gate is None else table, ids)
+    return d_qkv.to(dq.dtype), None if gate is None or d_gate is None else d_gate.to(gate.dtype)
 
 
 def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor, ids: Tensor) -> None:
@@ -257,11 +215,11 @@ def add_rows_(grad: Tensor, rows: Tensor, gate: Tensor | None, positions: Tensor
         ids: (N,) int64, the ids in that order.
     """
     width = grad.shape[1]
-    values = _wide(rows)
+    values = wide(rows)
     if gate is not None:
-        values = values.view(*gate.shape, -1) * _wide(gate)[..., None]
+        values = values.view(*gate.shape, -1) * wide(gate)[..., None]
     values = values.reshape(-1, width)[positions]
-    grad.copy_(_wide(grad) + torch.zeros(grad.shape, dtype=values.dtype, device=grad.device).index_add_(0, ids, values))
+    grad.copy_(wide(grad) + torch.zeros(grad.shape, dtype=values.dtype, device=grad.device).index_add_(0, ids, values))
 
 
 def relu_squared_(hidden: Tensor) -> Tensor:
@@ -273,7 +231,7 @@ def relu_squared_(hidden: Tensor) -> Tensor:
     Returns:
         `hidden`, now relu(h)².
     """
-    return hidden.copy_(_wide(hidden).relu().square())
+    return hidden.copy_(wide(hidden).relu().square())
 
 
 def relu_squared_backward_(d_activated: Tensor, activated: Tensor) -> Tensor:
@@ -286,7 +244,7 @@ def relu_squared_backward_(d_activated: Tensor, activated: Tensor) -> Tensor:
     Returns:
         `d_activated`, now the gradient of h.
     """
-    return d_activated.copy_(_wide(d_activated) * 2 * _wide(activated).sqrt())
+    return d_activated.copy_(wide(d_activated) * 2 * wide(activated).sqrt())
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
@@ -299,7 +257,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     Returns:
         `x`.
     """
-    return x.copy_(_wide(x) * factor)
+    return x.copy_(wide(x) * factor)
 
 
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
@@ -318,8 +276,7 @@ def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap:
     Returns:
         losses (N,) fp32, in nats.
     """
-    wide = _wide(logits[:, :vocab])
-    capped = softcap * torch.tanh(wide / softcap)
+    capped = softcap * torch.tanh(wide(logits[:, :vocab]) / softcap)
     valid = targets >= 0
     rows = targets.clamp_min(0)[:, None]
     log_sum = capped.exp().sum(-1).log()

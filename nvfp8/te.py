@@ -114,6 +114,8 @@ def _kind(recipe: Recipe) -> str:
     overridden = next((name for name in _OVERRIDES if name in os.environ), None)
     if overridden is not None:
         _refuse(f"{overridden} is set and would change the recipe behind its name: unset it")
+    if recipe.bf16:
+        _refuse(f"it leaves no layer in bf16 (bf16={'+'.join(recipe.bf16)}): --precision fp8 does")
     gemms = ("fprop", "dgrad", "wgrad")
     offered = [known for known in RECIPES.values() if known.name != "rowwise"]
     for known in offered:

@@ -226,3 +226,48 @@ def _hand_over(holders: tuple[Any, ...]) -> Callable[[Tensor], None]:
             holder.weight.grad = part if holder.weight.grad is None else holder.weight.grad.add_(part)
 
     return hook
+
+
+class EngineScaling:
+    """The scaling state of all engines of a model, by the names of their layers."""
+
+    def __init__(self, model: nn.Module):
+        """Look at the layers of `model` whenever asked."""
+        self._model = model
+
+    def _engines(self) -> dict[str, Engine]:
+        return {name: m.engine for name, m in self._model.named_modules() if isinstance(getattr(m, "engine", None), Engine)}
+
+    def state(self) -> dict[str, Tensor]:
+        """`<layer>.<what>` -> tensor, not copies; empty for recipes without a history."""
+        engines = self._engines()
+        return {f"{name}.{what}": value for name, it in engines.items() for what, value in it.scaling_state().items()}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned, of the same precision.
+
+        Raises:
+            ValueError: it is of another precision; the message says what differs.
+        """
+        engines = self._engines()
+        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in engines}
+        for key, value in saved.items():
+            name, _, what = key.rpartition(".")
+            if name not in engines:
+                raise ValueError(f"the scaling state is of a layer {name} that this precision has not")
+            by_layer[name][what] = value
+        for name, it in engines.items():
+            try:
+                if saved:
+                    it.load_scaling_state(by_layer[name])
+            except ValueError as error:
+                raise ValueError(f"the scaling state of {name}: {error}") from error
+
+    def update(self) -> list[str]:
+        """Nothing: modules renew their scales with every micro-batch, and the optimizer's check finds what is not finite."""
+        return []
+
+    def forget(self) -> None:
+        """Drop what was not finite from the histories."""
+        for it in self._engines().values():
+            it.forget_nonfinite()

@@ -68,13 +68,19 @@ def _parser() -> Parser:
     runtime = parser.add_argument_group("runtime")
     add(runtime, "run", str, "wandb run name; 'dummy' = no wandb")
     add(runtime, "device-type", str, "cuda or cpu; empty = cuda if there is one")
-    parser.add_argument("--fp8", action="store_true", help="our own FP8 layers: not in this version, an error")
+    parser.add_argument("--fp8", action="store_true", help="nanochat's way to say --precision fp8 --recipe current, or rowwise")
     add(runtime, "fp8-recipe", str, "with --fp8", choices=("rowwise", "tensorwise"))
 
     ours = parser.add_argument_group("beyond nanochat")
     add(ours, "data", str, "python, python+site, or a file or directory of .txt .md .py .jsonl .parquet (.gz, .zst)")
     add(ours, "tokenizer", str, "directory of tokenizer.json; empty = <base>/tokenizer")
-    add(ours, "precision", str, "auto, te, bf16 or fp32; auto takes the first that runs here", choices=PRECISIONS)
+    add(
+        ours,
+        "precision",
+        str,
+        "auto: the first of te, bf16, fp32 that runs here; fp8: our own; fp8-emulated: anywhere",
+        choices=PRECISIONS,
+    )
     add(ours, "adamw", str, "ours, or Transformer Engine's with its state in that form, for comparison", choices=CHOICES)
     add_state_flags(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Flags of Transformer Engine, for the programs that train with it."""
+"""Flags of FP8 layers, Transformer Engine's and our own, for the programs that train with them."""
 
 import argparse
 
@@ -7,12 +7,15 @@ from nanochat.build import EngineOptions
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a group of flags, all with `EngineOptions`' defaults."""
-    group = parser.add_argument_group("Transformer Engine (--precision te)")
+    group = parser.add_argument_group("FP8 (--recipe with --precision te or fp8, the others with te)")
     default = EngineOptions()
     group.add_argument(
         "--recipe", default=default.recipe,
-        help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current, blockwise, mxfp8 or nvfp4; delayed takes "
-        "settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent (default: %(default)s)",
+        help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current or blockwise; with te also mxfp8 or nvfp4, with fp8 "
+        "rowwise; delayed takes settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent; "
+        "--precision fp8 leaves what is named in bf16, as in delayed:bf16=h.0+h.11.mlp+h.*.attn.c_proj (parts: attn.qkv, "
+        "attn.c_proj, mlp.c_fc, mlp.c_proj) "
+        "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--te-layers", choices=("fused", "separate"), default=default.layers,

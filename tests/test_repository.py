@@ -19,6 +19,8 @@ ORDER = (
     "nvfp8.kernels",
     "nvfp8.reference",
     "nvfp8.reference_optim",
+    "nvfp8.reference_fp8",
+    "nvfp8.reference_math",
     "nvfp8.state",
     "nvfp8.rounding",
 )

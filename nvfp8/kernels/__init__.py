@@ -3,7 +3,9 @@
 from nvfp8.kernels.adamw import adamw_
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.embedding import add_rows_
+from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.heads import heads_backward, heads_forward
+from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
 from nvfp8.kernels.norm import (
     add,
@@ -14,6 +16,13 @@ from nvfp8.kernels.norm import (
     norm_backward,
     norm_forward,
 )
+from nvfp8.kernels.norm_fp8 import (
+    add_norm_quantize,
+    mix_norm_backward_quantize,
+    mix_norm_quantize,
+    norm_backward_quantize,
+)
+from nvfp8.kernels.quantize_fp8 import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
 from nvfp8.kernels.symmetric import symmetric_product_
 
@@ -21,18 +30,29 @@ __all__ = [
     "adamw_",
     "add",
     "add_norm_forward",
+    "add_norm_quantize",
     "add_rows_",
+    "amax_",
+    "gemm_relu_squared",
+    "gemm_relu_squared_backward",
     "heads_backward",
+    "heads_backward_quantize",
     "heads_forward",
     "mix_backward",
     "mix_forward",
     "mix_norm_backward",
+    "mix_norm_backward_quantize",
+    "mix_norm_quantize",
     "muon_descend_",
     "muon_nesterov_",
     "norm_backward",
+    "norm_backward_quantize",
     "norm_forward",
+    "quantize",
     "relu_squared_",
     "relu_squared_backward_",
+    "relu_squared_backward_quantize",
+    "relu_squared_quantize",
     "scale_",
     "softcap_cross_entropy_",
     "symmetric_product_",

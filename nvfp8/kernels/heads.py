@@ -56,51 +56,69 @@ def _heads_forward(
 
 
 @triton.jit
-def _heads_backward(
-    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_QKV, D_GATE, N, T,
+def heads_gradient(
+    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first_token, N, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Both halves of d_qkv (TOKENS, HALF) fp32 for one head and a tile of tokens from `first_token` (int64); writes D_GATE."""
+    token = tl.arange(0, TOKENS)  # within the tile: what follows counts from its first token, in 32 bits
     column = tl.arange(0, HALF)[None, :]
-    mask = (token < N)[:, None] & (column < E // 2)
+    inside = token < N - first_token
+    mask = inside[:, None] & (column < E // 2)
     if head < H + G:
         if head < H:
-            at = (token[:, None] * H + head) * E + column
-            gradient = DQ + at
-            output = Q + at
+            at = token[:, None] * (H * E) + column
+            gradient = DQ + (first_token * H + head) * E + at
+            output = Q + (first_token * H + head) * E + at
         else:
-            at = (token[:, None] * G + (head - H)) * E + column
-            gradient = DK + at
-            output = K + at
+            at = token[:, None] * (G * E) + column
+            gradient = DK + (first_token * G + head - H) * E + at
+            output = K + (first_token * G + head - H) * E + at
         da = tl.load(gradient, mask, 0.0).to(tl.float32) * SCALE
         db = tl.load(gradient + E // 2, mask, 0.0).to(tl.float32) * SCALE
         a = tl.load(output, mask, 0.0).to(tl.float32) / SCALE
         b = tl.load(output + E // 2, mask, 0.0).to(tl.float32) / SCALE
-        rstd = tl.load(RSTD + token * (H + G) + head, token < N, 0.0)[:, None]
+        rstd = tl.load(RSTD + first_token * (H + G) + head + token * (H + G), inside, 0.0)[:, None]
         mean = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / E)[:, None]
         da = rstd * (da - a * mean)
         db = rstd * (db - b * mean)
-        angle = (token % T)[:, None] * (E // 2) + column
+        angle = ((first_token.to(tl.int32) + token) % T)[:, None] * (E // 2) + column
         cos = tl.load(COS + angle, mask, 0.0).to(tl.float32)
         sin = tl.load(SIN + angle, mask, 0.0).to(tl.float32)
         raw_a = da * cos - db * sin
         raw_b = db * cos + da * sin
     else:
         kv = head - H - G
-        gradient = DV + (token[:, None] * G + kv) * E + column
+        gradient = DV + (first_token * G + kv) * E + (token[:, None] * (G * E) + column)
         raw_a = tl.load(gradient, mask, 0.0).to(tl.float32)
         raw_b = tl.load(gradient + E // 2, mask, 0.0).to(tl.float32)
         if VALUES:
-            row = TABLE + tl.load(IDS + token, token < N, 0)[:, None] * (G * E) + kv * E + column
+            row = TABLE + tl.load(IDS + first_token + token, inside, 0)[:, None] * (G * E) + kv * E + column
             va = tl.load(row, mask, 0.0).to(tl.float32)
             vb = tl.load(row + E // 2, mask, 0.0).to(tl.float32)
             d_gate = tl.sum(raw_a * va, 1) + tl.sum(raw_b * vb, 1)
-            tl.store(D_GATE + token * G + kv, d_gate.to(D_GATE.dtype.element_ty), token < N)
+            tl.store(D_GATE + first_token * G + kv + token * G, d_gate.to(D_GATE.dtype.element_ty), inside)
+    return raw_a, raw_b
+
+
+@triton.jit
+def _heads_backward(
+    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_QKV, D_GATE, N, T,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    a, b = heads_gradient(
+        DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first, N, T, H, G, E, VALUES, SCALE, TOKENS, HALF
+    )
+    token = first + tl.arange(0, TOKENS)
+    column = tl.arange(0, HALF)[None, :]
+    mask = (token < N)[:, None] & (column < E // 2)
     target = D_QKV + token[:, None] * ((H + 2 * G) * E) + head * E + column
-    tl.store(target, raw_a.to(D_QKV.dtype.element_ty), mask)
-    tl.store(target + E // 2, raw_b.to(D_QKV.dtype.element_ty), mask)
+    tl.store(target, a.to(D_QKV.dtype.element_ty), mask)
+    tl.store(target + E // 2, b.to(D_QKV.dtype.element_ty), mask)
 
 
 def heads_forward(

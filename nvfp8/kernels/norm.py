@@ -22,7 +22,7 @@ from nvfp8.reference import NORM_EPS
 
 
 @triton.jit
-def _store_dithered(POINTER, at, value, mask):
+def store_dithered(POINTER, at, value, mask):
     """Store fp32 as bf16, rounded stochastically by its place, or as fp32; return what was stored, in fp32."""
     if POINTER.dtype.element_ty == tl.float32:
         tl.store(POINTER + at, value, mask)
@@ -38,7 +38,7 @@ def _store_dithered(POINTER, at, value, mask):
 def _add(STREAM, BRANCH, SUM, SIZE, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE
-    _store_dithered(SUM, at, tl.load(STREAM + at, mask, 0.0).to(tl.float32) + tl.load(BRANCH + at, mask, 0.0).to(tl.float32), mask)
+    store_dithered(SUM, at, tl.load(STREAM + at, mask, 0.0).to(tl.float32) + tl.load(BRANCH + at, mask, 0.0).to(tl.float32), mask)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _norm_forward(
         tl.store(STREAM + at, stored, mask)
         x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
     elif ADD:
-        x = _store_dithered(STREAM, at, x, mask)
+        x = store_dithered(STREAM, at, x, mask)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
     tl.store(RSTD + row, rstd)
     tl.store(NORMED + row * WIDTH + column, (x * rstd).to(NORMED.dtype.element_ty), column < WIDTH)

@@ -64,7 +64,9 @@ def test_masters_decide_how_a_precision_stores_matrices() -> None:
         formats = StateFormats(master=kept)
         assert formats.stored_by(bf16(), "cpu") == replace(bf16(), matrix_dtype=torch.bfloat16)
         assert formats.stored_by(engine, "cpu") == engine
-        with pytest.raises(BadInput, match=r"computes with fp32 matrices, which are whole; it goes with --precision bf16 or te"):
+        with pytest.raises(
+            BadInput, match=r"computes with fp32 matrices, which are whole; it goes with --precision bf16, te or fp8"
+        ):
             formats.stored_by(fp32(), "cpu")
         with pytest.raises(BadInput, match="use --te-weights bf16"):
             formats.stored_by(quantized, "cpu")

@@ -154,7 +154,8 @@ def test_a_bad_value_is_named_where_it_arose(
     real, calls = layers.weight_gradient, iter(range(10**6))
 
     def spoiled(d_out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if next(calls) == 4:  # backward's fifth weight: block 1 takes c_proj, c_fc, attention's c_proj and qkv before
+        # Backward's fifth matrix: block 1 takes c_proj, c_fc, attention's c_proj and qkv before. Gates read at most 24 channels.
+        if x.shape[-1] > 24 and next(calls) == 4:
             d_out.fill_(float("nan"))
         return real(d_out, x, dtype)
 
@@ -339,7 +340,7 @@ def test_a_full_disk_while_saving_stops_with_one_line(config: TrainConfig, monke
     [
         ({"depth": 0}, "--depth is 0"),
         ({"depth": 30, "aspect_ratio": 1, "head_dim": 2}, "reference of depth 12 cannot be built"),
-        ({"fp8": True}, "use --precision te"),
+        ({"fp8": True, "precision": "bf16"}, "give the one or the other"),
         ({"num_iterations": -1, "target_param_data_ratio": -1}, "nothing says how long to train"),
         ({"total_batch_size": 200}, "the nearest is --total-batch-size 256"),
         ({"window_pattern": "SX"}, "must consist of S and L"),

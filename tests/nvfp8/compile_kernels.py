@@ -6,6 +6,7 @@ refuses shows here rather than on a rented machine. Prints the kernels' names an
 
 import itertools
 import json
+import re
 import sys
 from typing import Any
 
@@ -41,6 +42,10 @@ def main() -> None:
     def stop_after_compiling(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
         compiled[self.__name__] = max(kernel.metadata.shared, compiled.get(self.__name__, 0))
+        # nvfp8/kernels/fp8.py relies on the cast to clamp.
+        casts = re.findall(r"cvt\.[\w.]*e[45]m[23]x2\.f32", kernel.asm["ptx"])
+        assert all("rn.satfinite" in cast for cast in casts), (self.__name__, set(casts))
+        assert casts or not self.__name__.endswith("_quantize"), (self.__name__, "rounds to FP8 by itself")
         return kernel
 
     JITFunction.run = stop_after_compiling
@@ -102,6 +107,43 @@ def call_everything() -> None:
                     kernels.symmetric_product_(rows_first, rows_first, gram)
                 kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
     compile_adamw(kernels)
+    if CAPABILITY >= 89:  # Triton has no E4M3 before
+        compile_fp8(kernels)
+
+
+def compile_fp8(kernels: Any) -> None:
+    """Every kernel that writes FP8, in E4M3 and in E5M2, with and without an amax and what else may be left out."""
+    from nvfp8.kernels import norm_fp8
+
+    one, lambdas, e4m3, e5m2 = torch.ones(()), torch.ones(2), torch.float8_e4m3fn, torch.float8_e5m2
+    for width, dtype, amax in ((768, e4m3, torch.zeros(())), (1536, e5m2, torch.zeros(())), (1536, e5m2, None)):
+        x, rstd = torch.zeros(2, 64, width, dtype=torch.bfloat16), torch.ones(2, 64)
+        flat = x.view(128, width)
+        for rows, columns in ((True, True), (True, False), (False, True)):
+            kernels.quantize(flat, one, dtype, amax, rows=rows, columns=columns)
+        kernels.quantize(flat.float(), one, dtype, amax, rows=True, columns=True)
+        kernels.amax_(x, one), kernels.amax_(x.float(), one)
+        kernels.relu_squared_quantize(flat, one, dtype, amax)
+        a_t = torch.zeros(width, 128, dtype=e4m3)
+        kernels.relu_squared_backward_quantize(flat, a_t, one, one, dtype, amax)
+        kernels.add_norm_quantize(x, x, one, dtype, amax)
+        for pending, head in ((x, x[..., :12].contiguous()), (None, None)):
+            kernels.mix_norm_quantize(x, pending, x, lambdas, 0 if head is None else 12, one, dtype, amax)
+        for split in (False, True):
+            norm_fp8.SPLIT = split
+            kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax)
+            for d_x0, head in ((x, x[..., :12].contiguous()), (None, None)):
+                kernels.mix_norm_backward_quantize(x, x, head, x, x, lambdas, rstd, d_x0, one, e4m3, one, dtype, amax)
+        heads, cos = width // 128, torch.zeros(64, 64, dtype=torch.bfloat16)
+        q, ids, table = x.view(2, 64, heads, 128), torch.arange(128).view(2, 64), x.view(128, width)
+        gate, of_heads = torch.zeros(2, 64, heads, dtype=torch.bfloat16), torch.ones(2, 64, 2 * heads)
+        for values in ((None, None, None), (gate, table, ids)):
+            kernels.heads_backward_quantize(q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
+        if CAPABILITY >= 90:  # TMA
+            x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
+            kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, amax)
+            a_t = torch.zeros(3072, 256, dtype=e4m3)
+            kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, amax)
 
 
 def compile_adamw(kernels: Any) -> None:

@@ -22,7 +22,9 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     compiled = json.loads(result.stdout)
-    sources = "".join(path.read_text() for path in (ROOT / "nvfp8" / "kernels").glob("*.py"))
+    paths = (ROOT / "nvfp8" / "kernels").glob("*.py")
+    # Triton has no E4M3 before 8.9.
+    sources = "".join(path.read_text() for path in paths if capability >= 89 or not path.stem.endswith("_fp8"))
     launched = set(re.findall(r"^ +(_\w+)\[\S", sources, re.MULTILINE))
     assert launched and launched == compiled.keys()
     assert max(compiled.values()) <= SHARED_MEMORY[capability] * 1024

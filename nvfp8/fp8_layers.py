@@ -1,0 +1,235 @@
+"""Linear layers in FP8 of our own, with the parameters and the calls of `nvfp8/layers.py`.
+
+Between two GEMMs stands one kernel that reads bf16 and writes FP8, in the layouts the next GEMMs need:
+
+    forward     mix + norm + cast → QKV GEMM → (rotary, attention in bf16) → cast o → output GEMM
+                → add + norm + cast → fc GEMM with relu² and cast, a and aᵀ → projection GEMM → added by the next block's mix
+    backward    each gradient leaves its kernel in FP8, dy for dgrad and dyᵀ for wgrad, made for the layer before (`quantize.py`)
+
+What backward keeps of a block, in bytes a token and channel: the mixed stream (2), q, k, v, o (8, attention's), the stream before
+the MLP (2), aᵀ in FP8 (4), 1/rms twice: 16, where bf16 keeps 20 and a compiled block 37. All else is made again where it is
+read anyway: x̂ᵀ inside the norm's backward, oᵀ by casting o again, relu's derivative 2√a from aᵀ.
+
+Outside `scaling.autocast` everything is bf16 from the weights as they are: evaluation and decoding take any number of tokens. The
+same path serves a layer that a recipe leaves in bf16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nvfp8 import scaling
+from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, settled
+from nvfp8.quantize import Projection, Quantized, ask, asked, gradient, hand, measured, quantize
+from nvfp8.recipe import Recipe
+from nvfp8.scaling import Site
+
+
+def _in_fp8(projection: Projection | None, x: Tensor) -> bool:
+    """Whether a layer computes in FP8 now; its model's scaling is then ready."""
+    loss_scale = scaling.active()
+    if projection is None or loss_scale is None:
+        return False
+    scaling.owner(projection.x).begin(x.device, loss_scale)
+    return True
+
+
+def _hand_dx(dx: Tensor, site: Site | None, q: Tensor, t: Tensor) -> Tensor:
+    return dx if site is None else hand(dx, site, q, t)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projection: Projection, *weights: Tensor) -> Tensor:
+        ctx.projection, ctx.w = projection, projection.weight()
+        cast = quantize(x.flatten(0, -2), projection.x, columns=False)
+        assert cast.q is not None
+        ctx.save_for_backward(x, cast.scale, cast.inverse)
+        return projection.fprop(cast.q, cast.inverse, ctx.w, x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, inverse = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        dy = gradient(d_out, projection.dy)
+        dx = projection.dgrad(dy, ctx.w, x.dtype).view(x.shape)
+        kernels = projection.x.kernels(x)
+        _, x_t = kernels.quantize(x.flatten(0, -2), scale, projection.x.dtype, None, rows=False, columns=True)
+        return dx, None, *projection.wgrad(dy, x_t, inverse)
+
+
+class FP8Linear(Linear):
+    """x·Wᵀ without bias; the input is kept in bf16 and cast twice, because attention keeps it in bf16 anyway."""
+
+    def __init__(self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: bool):
+        """Allocate the weight (out_features, in_features), both multiples of 16; `in_bf16` leaves it in bf16."""
+        super().__init__(in_features, out_features, dtype)
+        self.projections: tuple[Projection, ...] = () if in_bf16 else (Projection((self,), recipe, emulated),)
+        self.joined = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features)."""
+        projection = self.projections[0] if self.projections else None
+        if not _in_fp8(projection, x):
+            return super().forward(x)
+        assert projection is not None and not self.joined
+        return ask(_Linear.apply(x.contiguous(), projection, self.weight), projection.dy)
+
+
+def _join(*layers: Linear) -> None:
+    """From now on `layers` compute where they are joined, and have no casts of their own."""
+    for layer in layers:
+        assert isinstance(layer, FP8Linear)
+        layer.projections, layer.joined = (), True
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, projection: Projection,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.projection, ctx.w, site = projection, projection.weight(), projection.x
+        stream, normed, head, rstd = site.kernels(x).mix_norm_quantize(
+            x, pending, x0, lambdas, width, site.scale, site.dtype, site.amax
+        )
+        ctx.save_for_backward(stream, x0, lambdas, rstd)
+        ctx.pending, ctx.before = pending is not None, asked(pending)
+        ctx.set_materialize_grads(False)
+        out = projection.fprop(normed, site.inverse, ctx.w, x.dtype)
+        return stream, x0, head, out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        stream, x0, lambdas, rstd = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        d_stream = torch.zeros_like(stream) if d_stream is None else d_stream.contiguous()
+        if d_out is None:
+            d_out = stream.new_zeros(*stream.shape[:-1], sum(len(weight) for weight in projection.weights))
+        dy, site = gradient(d_out, projection.dy), projection.x
+        d_normed = projection.dgrad(dy, ctx.w, stream.dtype).view(stream.shape)
+        # Where nobody asked for dx in FP8, as before the first block, its copies are written for nothing.
+        to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
+        dx, d_x0, d_lambdas, normed_t, q, t = site.kernels(stream).mix_norm_backward_quantize(
+            d_stream, d_normed, None if d_head is None else d_head.contiguous(), stream, x0, lambdas, rstd,
+            None if d_x0 is None else d_x0.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax,
+        )  # fmt: skip
+        dx = _hand_dx(dx, ctx.before, q, t)
+        weights = projection.wgrad(dy, normed_t, site.inverse)
+        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None, None, *weights
+
+
+class FP8NormLinear(NormLinear):
+    """Residual mix, RMSNorm and several projections in one GEMM: one kernel in front of it, one behind it in backward."""
+
+    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: bool):
+        """Join `projections`, all with the same in_features; their sizes together a multiple of 16."""
+        super().__init__(*projections)
+        _join(*projections)
+        self.projections = () if in_bf16 else (Projection(projections, recipe, emulated, normed=True),)
+
+    def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `NormLinear`; nobody may add to the stream in place."""
+        stream, pending = x if isinstance(x, Pending) else (x, None)
+        projection = self.projections[0] if self.projections else None
+        if not _in_fp8(projection, stream):
+            return super().forward(x, x0, lambdas, width)
+        assert projection is not None
+        mixed, x0, head, out = _NormLinear.apply(stream, pending, x0, lambdas, width, projection, *projection.weights)
+        return mixed, x0, head, ask(out, projection.dy)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stream: Tensor, branch: Tensor | None, fc: Projection, proj: Projection, w_fc: Tensor, w_proj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.fc, ctx.proj, ctx.w_fc, ctx.w_proj = fc, proj, fc.weight(), proj.weight()
+        kernels, site = fc.x.kernels(stream), fc.x
+        added = torch.zeros_like(stream) if branch is None else branch
+        x, normed, rstd = kernels.add_norm_quantize(stream, added, site.scale, site.dtype, site.amax)
+        a = _activate(normed, fc, ctx.w_fc, proj.x, x.dtype)
+        assert a.q is not None
+        ctx.save_for_backward(x, rstd, a.t, a.scale, a.inverse)
+        ctx.branch, ctx.before = branch is not None, asked(branch)
+        return x, proj.fprop(a.q, a.inverse, ctx.w_proj, x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, a_t, a_scale, a_inverse = ctx.saved_tensors
+        fc: Projection = ctx.fc
+        proj: Projection = ctx.proj
+        dy, site = gradient(d_out, proj.dy), fc.x
+        d_w_proj = proj.wgrad(dy, a_t, a_inverse)
+        dh = _activate_backward(dy, proj, ctx.w_proj, a_t, a_scale, fc.dy, x.dtype)
+        del dy  # 2 bytes a token and channel
+        d_normed = fc.dgrad(dh, ctx.w_fc, x.dtype).view(x.shape)
+        to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
+        dx, normed_t, q, t = site.kernels(x).norm_backward_quantize(
+            d_normed, x, rstd, d_x.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax
+        )
+        dx = _hand_dx(dx, ctx.before, q, t)
+        d_w_fc = fc.wgrad(dh, normed_t, site.inverse)
+        return dx, dx if ctx.branch else None, None, None, *d_w_fc, *d_w_proj
+
+
+def _activate(normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype) -> Quantized:
+    """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before."""
+    kernels = site.kernels(normed)
+    if site.ready:
+        a, a_t = kernels.gemm_relu_squared(normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, site.amax)
+        return Quantized(a, a_t, site.scale, site.inverse)
+    h = fc.fprop(normed, fc.x.inverse, w, dtype)
+    return measured(site, lambda scale, amax: kernels.relu_squared_quantize(h, scale, site.dtype, amax))
+
+
+def _activate_backward(
+    dy: Quantized, proj: Projection, w: Quantized, a_t: Tensor, a_scale: Tensor, site: Site, dtype: torch.dtype
+) -> Quantized:
+    """Gradient before relu², (dy·W)·2√a, both ways; in the GEMM's epilogue where the scale is known before."""
+    kernels = site.kernels(a_t)
+    if site.ready:
+        dh, dh_t = kernels.gemm_relu_squared_backward(
+            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, site.amax
+        )
+        return Quantized(dh, dh_t, site.scale, site.inverse)
+    d_a = proj.dgrad(dy, w, dtype)
+    return measured(site, lambda scale, amax: kernels.relu_squared_backward_quantize(d_a, a_t, a_scale, scale, site.dtype, amax))
+
+
+class FP8ReluSquaredMLP(ReluSquaredMLP):
+    """x + c_proj(relu(c_fc(norm(x)))²): two GEMMs each way for dx, two for dW; keeps its input and aᵀ in FP8."""
+
+    def __init__(self, c_fc: FP8Linear, c_proj: FP8Linear, recipe: Recipe, emulated: bool):
+        """Join c_fc (hidden, width) and c_proj (width, hidden). Where one of them stays in bf16, nothing between them is fused."""
+        torch.nn.Module.__init__(self)
+        self.c_fc, self.c_proj = c_fc, c_proj
+        self.projections: tuple[Projection, ...] = ()
+        self.separate = bool(c_fc.projections) != bool(c_proj.projections)
+        if c_fc.projections and c_proj.projections:
+            _join(c_fc, c_proj)
+            self.projections = (
+                Projection((c_fc,), recipe, emulated, "{}.c_fc", normed=True),
+                Projection((c_proj,), recipe, emulated, "{}.c_proj"),
+            )
+
+    def forward(self, x: Tensor | Pending, settle: bool = True) -> Tensor | Pending:
+        """(..., D) -> (..., D): the stream with attention's and the MLP's branch added, or the latter to be added later."""
+        stream, branch = x if isinstance(x, Pending) else (x, None)
+        if self.separate:
+            stream = settled(x)
+            pending = Pending(stream, self.c_proj(self.c_fc(RMSNorm()(stream)).relu().square()))
+        elif _in_fp8(self.projections[0] if self.projections else None, stream):
+            fc, proj = self.projections
+            stream, out = _MLP.apply(stream, branch, fc, proj, self.c_fc.weight, self.c_proj.weight)
+            pending = Pending(stream, ask(out, proj.dy))
+        else:
+            return super().forward(x, settle)
+        return settled(pending) if settle else pending

@@ -1,0 +1,140 @@
+"""An FP8 GEMM that ends in relu² or in its gradient, and writes the result in both FP8 layouts.
+
+The widest tensor of a block in bf16, 8 bytes a token and channel of the stream each way, never exists.
+
+Persistent: one program an SM walks over tiles of 128 tokens × 256 channels, 8 tile rows at a time so that the weight's tiles are
+read from L2. TMA brings both operands (a tensor descriptor knows where the tensor ends: beyond it reads are zeros and writes do
+not happen), and takes both results: they go through shared memory, so the transposed tile leaves as whole 128-byte lines.
+The accumulators leave in two halves, which halves the shared memory the results need and so leaves room for 3 stages of operands
+(160 KiB forward, 208 backward with the tile of aᵀ; 225 and 254 registers a thread on sm_90, none spilled).
+The result is quantized in the epilogue, so its scale must be known beforehand: this is for delayed scaling.
+
+Sums: a tensor core adds FP8 products in about 14 bits. Forward keeps that (K = D, and measured to matter little there); the
+gradient promotes to fp32 every PROMOTE products, as `nvfp8/recipe.py` says for dgrad. M, N and K must be multiples of 16 (TMA).
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, roomy, to_fp8
+
+PROMOTE: int | None = 128  # products that the gradient's GEMM adds before it promotes, at most the tile's K; None for never
+GROUP = 8  # tile rows that are walked together
+
+
+@triton.jit
+def _gemm_relu_squared(
+    X, W, A_T, OUT, OUT_T, INVERSE_SCALE, A_SCALE, SCALE, AMAX, M, N, K,
+    BACKWARD: tl.constexpr, DTYPE: tl.constexpr, IMPRECISE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tile_rows = tl.cdiv(M, BM)
+    tile_columns = tl.cdiv(N, BN)
+    factor = tl.load(INVERSE_SCALE)
+    scale = tl.load(SCALE)
+    if BACKWARD:
+        factor *= 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale)
+    largest = 0
+    for tile in tl.range(tl.program_id(0), tile_rows * tile_columns, PROGRAMS, flatten=True):
+        group = tile // (GROUP * tile_columns)
+        rows = min(tile_rows - group * GROUP, GROUP)
+        m = (group * GROUP + (tile % (GROUP * tile_columns)) % rows) * BM
+        n = (tile % (GROUP * tile_columns)) // rows * BN
+        products = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            x = X.load([m, k])
+            w = W.load([n, k])
+            products = tl.dot(x, w.T, products, max_num_imprecise_acc=IMPRECISE)
+        left, right = _halves(products, BM, BN)
+        a_left, a_right = left, right
+        if BACKWARD:  # one load for both halves: it is waited for
+            a_left, a_right = _halves(A_T.load([n, m]).T, BM, BN)
+        largest = _finish(left, a_left, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD, DTYPE)
+        largest = _finish(right, a_right, OUT, OUT_T, factor, scale, largest, m, n + BN // 2, BACKWARD, DTYPE)
+    if AMAX is not None:
+        raise_amax(AMAX, largest)
+
+
+@triton.jit
+def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(products, a, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: tl.constexpr, DTYPE: tl.constexpr):
+    value = products * factor
+    if BACKWARD:
+        value *= tl.sqrt(a.to(tl.float32))
+    else:
+        value = tl.where(value < 0, 0.0, value)  # a maximum would hide NaN
+        value = value * value
+    largest = tl.maximum(largest, largest_bits(value))
+    codes = to_fp8(value * scale, DTYPE)
+    OUT.store([m, n], codes)
+    OUT_T.store([n, m], codes.T)
+    return largest
+
+
+@cache
+def _tiles(device: torch.device, promote: bool) -> dict[str, int]:
+    """Sizes of a tile, and how it runs.
+
+    Promotion keeps sums twice. A warp group has its 128 × 128 sums of a 256 × 128 tile in two parts and promotes one after the
+    other; of 128 × 256 it has one part, twice which is more than its registers.
+    """
+    if INTERPRETED.value:
+        return {"BM": 32, "BN": 64, "BK": 32, "PROGRAMS": 2}
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    if not roomy():
+        return {"BM": 128, "BN": 128, "BK": 64, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    if promote:
+        return {"BM": 256, "BN": 128, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 256, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+
+
+def _launch(
+    x: Tensor, w: Tensor, inverse_scale: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor, dtype: torch.dtype,
+    amax: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    m, k = x.shape
+    n = w.shape[0]
+    assert w.shape[1] == k and (a_t is None or a_t.shape == (n, m)), "(M, K) · (N, K)ᵀ, aᵀ (N, M)"
+    assert m % 16 == n % 16 == k % 16 == 0, f"TMA moves rows of whole 16 bytes: {m} × {n} × {k}"
+    out, out_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, n), (n, m)))
+    if not out.numel():
+        return out, out_t
+    promote = PROMOTE if a_t is not None else None
+    tiles: dict[str, Any] = dict(_tiles(x.device, promote is not None))
+    bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
+
+    def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+    _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
+        described(x, bm, bk), described(w, bn, bk), None if a_t is None else described(a_t, bn, bm),
+        described(out, bm, bn // 2), described(out_t, bn // 2, bm), inverse_scale, a_scale, scale, as_bits(amax), m, n, k,
+        BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if promote is None else min(promote, bk), GROUP=GROUP,
+        **tiles,
+    )  # fmt: skip
+    return out, out_t
+
+
+def gemm_relu_squared(
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `nvfp8.reference_fp8.gemm_relu_squared`; M, N and K must be multiples of 16."""
+    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, amax)
+
+
+def gemm_relu_squared_backward(
+    dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
+    amax: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `nvfp8.reference_fp8.gemm_relu_squared_backward`; M, N and K must be multiples of 16."""
+    return _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, amax)

@@ -1,0 +1,193 @@
+"""Elementwise passes that end in FP8 in two layouts: a tile is read once, and written as it lies and transposed.
+
+A program takes TOKENS × CHANNELS = 128 × 128 elements. A row of the tile is 256 bytes of bf16 in and 128 bytes of FP8 out, a row
+of its transpose 128 bytes too, so every access is whole 128-byte lines; in between the codes (never the wide numbers) change
+places through shared memory, 16 KiB a program. Bytes a bf16 element: `quantize` 2 + 1 + 1, `relu_squared_quantize` the same,
+`relu_squared_backward_quantize` 2 + 1 + 1 + 1. 32,768 × 1,536 elements are 3,072 programs of 8 warps, a thread holds 64 elements.
+
+The tile is taken in four quarters, rows 0, 4, 8 …, rows 1, 5, 9 … and so on. A thread reads 16 neighbours in one row of each, so
+it holds 4 neighbours of each column: words for the transpose, where single bytes would take four times the stores to shared
+memory. And as codes of several loads, they are converted as they are: of one load, Triton 3.6 would rather convert the bf16 numbers
+and compute again, which doubles both arithmetic and registers. 11 to 18 instructions an element come of it (sm_90), where an H200
+has time for 27 at 4.3 TB/s and 4 bytes an element, and 64 to 127 registers a thread.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
+
+TOKENS, CHANNELS = 128, 128  # a program's tile
+BLOCK = 8192  # elements a program of `amax_`
+
+
+@triton.jit
+def _at(which: tl.constexpr, first_row, first_column, ROW_END, COLUMN_END, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where every fourth row of a tile, from row `which` on, lies in a matrix (ROW_END, COLUMN_END), and what of it exists."""
+    row = tl.arange(0, ROWS // 4)[:, None] * 4 + which
+    column = tl.arange(0, COLUMNS)[None, :]
+    at = first_row * COLUMN_END + first_column + (row * COLUMN_END + column)
+    return at, (first_row + row < ROW_END) & (first_column + column < COLUMN_END)
+
+
+@triton.jit
+def _interleaved(c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four times every fourth row, as one tile in order: other names for the same registers."""
+    pairs = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    return tl.reshape(tl.permute(pairs, (0, 2, 3, 1)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The reverse of `_interleaved`."""
+    pairs = tl.permute(tl.reshape(tile, (ROWS // 4, 2, 2, COLUMNS)), (0, 3, 1, 2))
+    even, odd = tl.split(pairs)
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    token = tl.arange(0, TOKENS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    mask = (first_token + token < M) & (first_channel + channel < N)
+    across = first_channel * M + first_token + (channel * M + token)
+    tl.store(Q_T + across, _interleaved(c0, c1, c2, c3, TOKENS, CHANNELS), mask)
+
+
+@triton.jit
+def _quarter(
+    which: tl.constexpr, X, Q, scale, first_token, first_channel, M, N,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    if RELU_SQUARED:
+        x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
+        x = x * x
+    codes = to_fp8(x * scale, DTYPE)
+    if ROWS:
+        tl.store(Q + at, codes, mask)
+    return codes, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _quantize(
+    X, SCALE, Q, Q_T, AMAX, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RELU_SQUARED: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1).to(tl.int64) * TOKENS
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS
+    scale = tl.load(SCALE)
+    c0, b0 = _quarter(0, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c1, b1 = _quarter(1, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c2, b2 = _quarter(2, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c3, b3 = _quarter(3, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    if AMAX is not None:
+        raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    if COLUMNS:
+        _store_across(Q_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+
+
+@triton.jit
+def _gradient_quarter(
+    which: tl.constexpr, D_A, a, DH, factor, scale, first_token, first_channel, M, N,
+    DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    dh = tl.load(D_A + at, mask, 0.0).to(tl.float32) * (tl.sqrt(a.to(tl.float32)) * factor)
+    codes = to_fp8(dh * scale, DTYPE)
+    tl.store(DH + at, codes, mask)
+    return codes, dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _relu_squared_backward_quantize(
+    D_A, A_T, A_SCALE, SCALE, DH, DH_T, AMAX, M, N, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    token = tl.program_id(1).to(tl.int64) * TOKENS
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS
+    scale = tl.load(SCALE)
+    factor = 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale): one factor for all instead of divisions
+    # aᵀ is read as it lies, in quarters too, and turned round as FP8.
+    at, mask = _at(0, channel, token, N, M, CHANNELS, TOKENS)
+    r0 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(1, channel, token, N, M, CHANNELS, TOKENS)
+    r1 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(2, channel, token, N, M, CHANNELS, TOKENS)
+    r2 = tl.load(A_T + at, mask, 0.0)
+    at, mask = _at(3, channel, token, N, M, CHANNELS, TOKENS)
+    r3 = tl.load(A_T + at, mask, 0.0)
+    a0, a1, a2, a3 = _quarters(tl.trans(_interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
+    c0, b0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c1, b1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c2, b2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c3, b3 = _gradient_quarter(3, D_A, a3, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    if AMAX is not None:
+        raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    _store_across(DH_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+
+
+@triton.jit
+def _amax(X, AMAX, SIZE, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    raise_amax(AMAX, largest_bits(tl.load(X + first + at, first + at < SIZE, 0.0).to(tl.float32)))
+
+
+def amax_(x: Tensor, amax: Tensor) -> None:
+    """See `nvfp8.reference_fp8.amax_`."""
+    x = x.contiguous()
+    if x.numel():
+        _amax[(triton.cdiv(x.numel(), BLOCK),)](x, as_bits(amax), x.numel(), BLOCK=BLOCK, num_warps=8)
+
+
+def _grid(m: int, n: int) -> tuple[int, int]:
+    return triton.cdiv(n, CHANNELS), triton.cdiv(m, TOKENS)
+
+
+def _tile_pass(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, rows: bool, columns: bool, relu_squared: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    x = x.contiguous()
+    m, n = x.shape
+    q = torch.empty(m, n, dtype=dtype, device=x.device) if rows else None
+    q_t = torch.empty(n, m, dtype=dtype, device=x.device) if columns else None
+    if x.numel():
+        _quantize[_grid(m, n)](
+            x, scale, q, q_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], ROWS=rows, COLUMNS=columns, RELU_SQUARED=relu_squared,
+            TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=8,
+        )  # fmt: skip
+    return q, q_t
+
+
+def quantize(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """See `nvfp8.reference_fp8.quantize`."""
+    return _tile_pass(x, scale, dtype, amax, rows, columns, relu_squared=False)
+
+
+def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `nvfp8.reference_fp8.relu_squared_quantize`."""
+    a, a_t = _tile_pass(h, scale, dtype, amax, rows=True, columns=True, relu_squared=True)
+    assert a is not None and a_t is not None
+    return a, a_t
+
+
+def relu_squared_backward_quantize(
+    d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `nvfp8.reference_fp8.relu_squared_backward_quantize`."""
+    d_a, a_t = d_a.contiguous(), a_t.contiguous()
+    m, n = d_a.shape
+    dh, dh_t = (torch.empty(shape, dtype=dtype, device=d_a.device) for shape in ((m, n), (n, m)))
+    if d_a.numel():
+        _relu_squared_backward_quantize[_grid(m, n)](
+            d_a, a_t, a_scale, scale, dh, dh_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
+            num_warps=8,
+        )  # fmt: skip
+    return dh, dh_t

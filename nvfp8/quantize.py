@@ -1,0 +1,183 @@
+"""Tensors in FP8 between GEMMs: cast once for all GEMMs that read them, and handed from one layer's backward to the next.
+
+Tensor cores of Hopper, Ada and the DGX Spark multiply FP8 only with both operands contiguous along the summed axis. A gradient dy
+is summed over channels for dx and over tokens for dW, so it is needed as it lies and transposed. Whoever computes it has it in
+registers and can write both, if only it knows whom for. So:
+
+* a layer marks its output with the site that will cast its gradient (`ask`);
+* the layer that reads this output writes the gradient in FP8 beside bf16, or instead of it, and attaches that to the
+  gradient tensor it returns to autograd (`hand`);
+* the first layer finds it there (`gradient`), and where it is missing casts by itself.
+
+Autograd passes a gradient on as the very same tensor unless it adds others to it or casts it. A sum is a new tensor, or the old one
+with a higher version: so it is not possible to mistake part of a gradient for all of it. That is why the attachment is on the
+tensor rather than in a table or a second output with a gradient of its own, which autograd would deliver whatever was added
+elsewhere. And unlike one autograd Function for a whole block, it leaves attention and each layer on their own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvfp8.layers import Linear
+from nvfp8.matmul import fp8_matmul
+from nvfp8.recipe import Recipe
+from nvfp8.scaling import Site
+
+_ASKED, _HANDED = "fp8_asked", "fp8_handed"
+
+
+class Quantized(NamedTuple):
+    """A tensor in FP8: x ≈ q · inverse.
+
+    Attributes:
+        q: (M, N), or None where nobody asked for it.
+        t: (N, M), or None.
+        scale: 0-D fp32 it was multiplied by.
+        inverse: 0-D fp32, 1 / scale.
+    """
+
+    q: Tensor | None
+    t: Tensor | None
+    scale: Tensor
+    inverse: Tensor
+
+
+def quantize(x: Tensor, site: Site, *, rows: bool = True, columns: bool = True) -> Quantized:
+    """Cast x at `site`, with the scale it has there, or measured where there is none.
+
+    Args:
+        x: (M, N) bf16 or fp32, contiguous.
+        site: says in which format and by which scale.
+        rows: whether q is wanted.
+        columns: whether t is wanted.
+    """
+    scale, inverse = site.scale, site.inverse
+    if not site.ready:
+        amax = torch.zeros_like(site.amax)
+        site.kernels(x).amax_(x, amax)
+        scale, inverse = site.scales(amax)
+    q, t = site.kernels(x).quantize(x, scale, site.dtype, site.amax, rows=rows, columns=columns)
+    return Quantized(q, t, scale, inverse)
+
+
+def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]) -> Quantized:
+    """Run a kernel that casts its own result twice: for its amax, then with the scale that follows.
+
+    Args:
+        site: without a scale yet.
+        cast: takes scale and amax, 0-D fp32 (amax may be None), returns q (M, N) and t (N, M).
+    """
+    amax = torch.zeros_like(site.amax)
+    cast(torch.ones_like(amax), amax)
+    scale, inverse = site.scales(amax)
+    return Quantized(*cast(scale, None), scale, inverse)
+
+
+def ask(x: Tensor, site: Site) -> Tensor:
+    """Mark x: its gradient will be cast at `site`, so whoever computes it may do that too. Nothing without a scale beforehand."""
+    if site.ready:
+        setattr(x, _ASKED, site)
+    return x
+
+
+def asked(x: Tensor | None) -> Site | None:
+    """The site that x was marked with; a view, or a sum, carries no mark."""
+    return getattr(x, _ASKED, None)
+
+
+def hand(gradient: Tensor, site: Site, q: Tensor, t: Tensor) -> Tensor:
+    """Attach a gradient's FP8 copies, cast with `site`'s scale, to the tensor that autograd passes on."""
+    setattr(gradient, _HANDED, (Quantized(q, t, site.scale, site.inverse), site, gradient._version))
+    return gradient
+
+
+def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor) -> Tensor:
+    """A gradient that exists in FP8 only. What autograd gets is one NaN, stretched: to use it as a gradient is an error to see."""
+    return hand(torch.full((), torch.nan, dtype=dtype, device=q.device).expand(shape), site, q, t)
+
+
+def gradient(dy: Tensor, site: Site) -> Quantized:
+    """A gradient (..., N) in both layouts: as it was handed over, or cast here.
+
+    What was handed over is taken off the tensor, which may live on as the gradient of the residual stream.
+    """
+    quantized, of, version = getattr(dy, _HANDED, (None, None, 0))
+    if quantized is not None and of is site and dy._version == version:
+        delattr(dy, _HANDED)
+        return quantized
+    return quantize(dy.contiguous().flatten(0, -2), site)
+
+
+class Projection:
+    """The three GEMMs of one weight, or of several stacked: where their operands are cast, and the weight's FP8 copies.
+
+    Attributes:
+        layers: those whose weights these are.
+        x: site of the input.
+        w: site of the weight.
+        dy: site of the output's gradient.
+    """
+
+    def __init__(self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, label: str = "{}", normed: bool = False):
+        """Cast nothing yet.
+
+        Args:
+            layers: all with one in_features.
+            recipe: formats and accumulation.
+            emulated: compute by the twins.
+            label: the layer's name in messages, {} being the module's.
+            normed: the input comes from RMSNorm.
+        """
+        self.layers, self.recipe, self.emulated = layers, recipe, emulated
+        width = layers[0].weight.shape[1]
+        kind = "normed" if normed else "activation"
+        self.x = Site(f"the input of {label}", kind, recipe.fprop.left, emulated, width)  # type: ignore[arg-type]
+        self.w = Site(f"the weight of {label}", "weight", recipe.fprop.right, emulated)
+        self.dy = Site(f"the gradient that reaches {label}", "gradient", recipe.dgrad.left, emulated)
+        self._cast_from: list[tuple[int, int, int]] = []
+        self._copies: Quantized | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All three."""
+        return self.x, self.w, self.dy
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters, in order."""
+        return [layer.weight for layer in self.layers]
+
+    @torch.no_grad()
+    def weight(self) -> Quantized:
+        """W (N, K) and Wᵀ (K, N) in FP8, cast when a parameter has changed: once a step, however many micro-batches it has."""
+        cast_from = [(id(weight), weight.data_ptr(), weight._version) for weight in self.weights]
+        if self._copies is None or cast_from != self._cast_from:
+            self._copies = None  # its memory is taken again
+            parts = [weight.detach() for weight in self.weights]
+            # Its own amax, as a site without history; no margin, for nothing changes between measuring and casting.
+            self._copies = quantize(torch.cat(parts) if len(parts) > 1 else parts[0], self.w)
+            self._cast_from = cast_from
+        return self._copies
+
+    def fprop(self, x: Tensor, inverse: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
+        """X (M, K) FP8 · Wᵀ -> (M, N)."""
+        assert w.q is not None
+        return self._matmul(x, w.q, inverse, w.inverse, dtype, self.recipe.fprop.fast_accumulation)
+
+    def dgrad(self, dy: Quantized, w: Quantized, dtype: torch.dtype) -> Tensor:
+        """Gradient of the input, dy (M, N) · W -> (M, K)."""
+        assert dy.q is not None and w.t is not None
+        return self._matmul(dy.q, w.t, dy.inverse, w.inverse, dtype, self.recipe.dgrad.fast_accumulation)
+
+    def wgrad(self, dy: Quantized, x_t: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the weights, dyᵀ · x in their dtype, from xᵀ (K, M)."""
+        assert dy.t is not None
+        dtype = self.layers[0].weight.dtype
+        product = self._matmul(dy.t, x_t, dy.inverse, inverse, dtype, self.recipe.wgrad.fast_accumulation)
+        return product.split([len(weight) for weight in self.weights])
+
+    def _matmul(self, a: Tensor, b: Tensor, *more: Any) -> Tensor:
+        return fp8_matmul(a, b, *more, emulated=self.emulated)

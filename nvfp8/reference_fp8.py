@@ -1,0 +1,292 @@
+"""Twins of the kernels that write FP8: what stands between two GEMMs of a block, in the layouts those GEMMs need.
+
+Hopper multiplies FP8 only "TN": both operands must lie with the summed axis contiguous. A forward GEMM sums over channels, a
+weight gradient over tokens, so a tensor that takes part in both is written twice, as (M, N) and as its transpose (N, M): the
+two copies together are as many bytes as one in bf16.
+
+One convention throughout: q = cast(clamp(x · scale, ±largest)), rounded to nearest, ties to even, and x ≈ q / scale. `scale` is a
+0-D fp32 tensor, so nothing waits for the host. `amax`, 0-D fp32 or None, is raised in place to the largest |x| before
+quantization, compared as integers: bits of NaN > inf > finite, so what is not finite stays visible where the clamp hides it.
+
+Letters: M tokens (leading dimensions flattened), D model width, N and K widths of a GEMM, H, G heads and key/value heads, E head
+dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp8.reference_math import add, heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
+from nvfp8.rounding import FORMATS
+
+
+def amax_(x: Tensor, amax: Tensor) -> None:
+    """Raise `amax` to the largest magnitude of x, in place: the pass over memory that current scaling pays.
+
+    Args:
+        x: any shape and float.
+        amax: 0-D fp32.
+    """
+    if x.numel():
+        bits = (x.float().contiguous().view(torch.int32) & 0x7FFFFFFF).amax()
+        amax.view(torch.int32).copy_(torch.maximum(bits, amax.view(torch.int32)))
+
+
+def quantize(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor to FP8, as it lies, transposed, or both.
+
+    Args:
+        x: (M, N) bf16 or fp32.
+        scale: 0-D fp32.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        amax: 0-D fp32, raised in place, or None.
+        rows: whether (M, N) is wanted.
+        columns: whether (N, M) is wanted.
+
+    Returns:
+        q (M, N) or None, qᵀ (N, M) or None.
+    """
+    if amax is not None:
+        amax_(x, amax)
+    codes = _codes(wide(x), scale, dtype)
+    return codes if rows else None, codes.t().contiguous() if columns else None
+
+
+def _codes(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = FORMATS[dtype][2]
+    return (x * scale).clamp(-largest, largest).to(dtype)
+
+
+def _both(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, q_t = quantize(x.flatten(0, -2), scale, dtype, amax, rows=True, columns=True)
+    assert q is not None and q_t is not None
+    return q, q_t
+
+
+def _rows(x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Tensor:
+    q, _ = quantize(x.flatten(0, -2), scale, dtype, amax, rows=True, columns=False)
+    assert q is not None
+    return q
+
+
+def mix_norm_quantize(
+    x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, scale: Tensor, dtype: torch.dtype,
+    amax: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The residual mix s = λ₀·(x + pending) + λ₁·x0, rounded once, and its RMSNorm in FP8.
+
+    Args:
+        x: (..., D) bf16 residual stream.
+        pending: (..., D) branch that has yet to be added to it, or None.
+        x0: (..., D) the stream as it was after the embedding.
+        lambdas: (2,) fp32.
+        width: how many channels of x̂ are wanted in x's dtype.
+        scale: 0-D fp32, of x̂.
+        dtype: FP8 format of x̂.
+        amax: 0-D fp32 of x̂, raised in place, or None.
+
+    Returns:
+        s (..., D) in x's dtype, x̂ (M, D) in FP8, x̂[..., :width] in x's dtype, 1/rms of s (...) fp32.
+    """
+    _, stream = mixed(x, pending, x0, lambdas)
+    normed, rstd = norm(wide(stream))
+    return stream, _rows(normed, scale, dtype, amax), normed[..., :width].to(x.dtype).contiguous(), rstd
+
+
+def add_norm_quantize(
+    stream: Tensor, branch: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A branch added to the residual stream, rounded stochastically as in `add`, and the sum's RMSNorm in FP8.
+
+    Args:
+        stream: (..., D) bf16.
+        branch: (..., D) same dtype.
+        scale: 0-D fp32, of x̂.
+        dtype: FP8 format of x̂.
+        amax: 0-D fp32 of x̂, raised in place, or None.
+
+    Returns:
+        x = stream + branch (..., D) in stream's dtype, norm(x) (M, D) in FP8, 1/rms of x (...) fp32.
+    """
+    x = add(stream, branch)
+    normed, rstd = norm(wide(x))
+    return x, _rows(normed, scale, dtype, amax), rstd
+
+
+def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The square of relu, a = relu(h)² (arXiv 2109.08668), in FP8.
+
+    Args:
+        h: (M, N) bf16.
+        scale: 0-D fp32, of a.
+        dtype: FP8 format of a.
+        amax: 0-D fp32 of a, raised in place, or None.
+
+    Returns:
+        a (M, N), aᵀ (N, M).
+    """
+    return _both(wide(h).relu().square(), scale, dtype, amax)
+
+
+def relu_squared_backward_quantize(
+    d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of relu² from its FP8 output alone: dh = d_a · 2·√a.
+
+    Args:
+        d_a: (M, N) bf16.
+        a_t: (N, M) FP8, the transpose that the forward wrote.
+        a_scale: 0-D fp32 it was written with.
+        scale: 0-D fp32, of dh.
+        dtype: FP8 format of dh.
+        amax: 0-D fp32 of dh, raised in place, or None.
+
+    Returns:
+        dh (M, N), dhᵀ (N, M).
+    """
+    return _both(_relu_squared_gradient(wide(d_a), a_t, a_scale), scale, dtype, amax)
+
+
+def _relu_squared_gradient(d_a: Tensor, a_t: Tensor, a_scale: Tensor) -> Tensor:
+    return d_a * 2 * (a_t.to(d_a.dtype).t() / a_scale).sqrt()
+
+
+def norm_backward_quantize(
+    d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, normed_scale: Tensor, normed_dtype: torch.dtype,
+    scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of RMSNorm plus the gradient that passes it by; x̂ᵀ for the weight gradient is made again rather than kept.
+
+    Args:
+        d_normed: (..., D) bf16 gradient of x̂.
+        x: (..., D) bf16, the norm's input.
+        rstd: (...) fp32.
+        d_stream: (..., D) gradient of x on the residual path.
+        normed_scale: 0-D fp32, that x̂ was quantized with in the forward.
+        normed_dtype: FP8 format of x̂.
+        scale: 0-D fp32, of dx.
+        dtype: FP8 format of dx.
+        amax: 0-D fp32 of dx, raised in place, or None.
+
+    Returns:
+        dx (..., D) in x's dtype, x̂ᵀ (D, M) FP8, dx (M, D) FP8, dxᵀ (D, M) FP8.
+    """
+    dx, normed = norm_gradient(wide(d_normed), wide(x), rstd)
+    dx = dx + wide(d_stream)
+    normed_t = _codes(normed, normed_scale, normed_dtype).flatten(0, -2).t().contiguous()
+    return dx.to(x.dtype), normed_t, *_both(dx, scale, dtype, amax)
+
+
+def mix_norm_backward_quantize(
+    d_stream: Tensor, d_normed: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
+    d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of `mix_norm_quantize` from its own output s, so x need not be kept; λ₀ = 0 makes dλ₀ not finite.
+
+    Args:
+        d_stream: (..., D) bf16 gradient of s on the residual path.
+        d_normed: (..., D) gradient of x̂.
+        d_head: (..., width) gradient of x̂[..., :width], which is added to d_normed, or None.
+        stream: (..., D) s.
+        x0: (..., D).
+        lambdas: (2,) fp32.
+        rstd: (...) fp32.
+        d_x0: (..., D) gradient of x0 from the later blocks, to which this one's is added, or None.
+        normed_scale: 0-D fp32, that x̂ was quantized with in the forward.
+        normed_dtype: FP8 format of x̂.
+        scale: 0-D fp32, of dx.
+        dtype: FP8 format of dx.
+        amax: 0-D fp32 of dx, raised in place, or None.
+
+    Returns:
+        dx (..., D), which is the gradient of `pending` too; the new d_x0 (..., D); dλ (2,) fp32; x̂ᵀ (D, M) FP8; dx (M, D) FP8 and
+        dxᵀ (D, M) FP8, which the MLP of the block before takes as its dy.
+    """
+    gradient = wide(d_normed)
+    if d_head is not None:
+        gradient = gradient + torch.nn.functional.pad(wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
+    ds, normed = norm_gradient(gradient, wide(stream), rstd)
+    ds = ds + wide(d_stream)
+    dx, dx0 = ds * lambdas[0], ds * lambdas[1]
+    if d_x0 is not None:
+        dx0 = dx0 + wide(d_x0)
+    d_lambdas = lambda_gradient(ds, wide(stream), wide(x0), lambdas)
+    normed_t = _codes(normed, normed_scale, normed_dtype).flatten(0, -2).t().contiguous()
+    return dx.to(stream.dtype), dx0.to(stream.dtype), d_lambdas, normed_t, *_both(dx, scale, dtype, amax)
+
+
+def heads_backward_quantize(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
+    gate: Tensor | None, table: Tensor | None, ids: Tensor | None, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradient of `heads_forward` in FP8: rotated back, through the norm, and both copies of d_qkv in one pass.
+
+    Args:
+        dq: (B, T, H, E) bf16.
+        dk: (B, T, G, E).
+        dv: (B, T, G, E).
+        q: (B, T, H, E) as returned by the forward.
+        k: (B, T, G, E) as returned by the forward.
+        rstd: (B, T, H + G) fp32.
+        cos: (T, E/2).
+        sin: (T, E/2).
+        gate: (B, T, G), or None where the layer has no value embedding.
+        table: (V, G·E), or None.
+        ids: (B, T) int64, or None.
+        scale: 0-D fp32, of d_qkv.
+        dtype: FP8 format of d_qkv.
+        amax: 0-D fp32 of d_qkv, raised in place, or None.
+
+    Returns:
+        d_qkv (M, (H + 2G)·E), its transpose ((H + 2G)·E, M), and d_gate (B, T, G) or None.
+    """
+    d_qkv, d_gate = heads_gradient(dq, dk, dv, q, k, rstd, cos, sin, None if gate is None else table, ids)
+    return *_both(d_qkv, scale, dtype, amax), None if gate is None or d_gate is None else d_gate.to(gate.dtype)
+
+
+def gemm_relu_squared(
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """relu(x·wᵀ)² in FP8, x·wᵀ never stored.
+
+    Args:
+        x_q: (M, K) FP8.
+        w_q: (N, K) FP8.
+        inverse_scale: 0-D fp32, 1 / (scale of x · scale of w).
+        scale: 0-D fp32, of the result.
+        dtype: FP8 format of the result.
+        amax: 0-D fp32 of the result, raised in place, or None.
+
+    Returns:
+        a (M, N), aᵀ (N, M).
+    """
+    return _both(_product(x_q, w_q, inverse_scale).relu().square(), scale, dtype, amax)
+
+
+def gemm_relu_squared_backward(
+    dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
+    amax: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A gradient GEMM through relu²: dh = (dy·w) · 2·√a in FP8; the gradient of a is never stored.
+
+    Args:
+        dy_q: (M, K) FP8.
+        w_t: (N, K) FP8, the transpose of the weight (K, N).
+        inverse_scale: 0-D fp32, 1 / (scale of dy · scale of w).
+        a_t: (N, M) FP8, as the forward wrote it.
+        a_scale: 0-D fp32 it was written with.
+        scale: 0-D fp32, of dh.
+        dtype: FP8 format of dh.
+        amax: 0-D fp32 of dh, raised in place, or None.
+
+    Returns:
+        dh (M, N), dhᵀ (N, M).
+    """
+    return _both(_relu_squared_gradient(_product(dy_q, w_t, inverse_scale), a_t, a_scale), scale, dtype, amax)
+
+
+def _product(x_q: Tensor, w_q: Tensor, inverse_scale: Tensor) -> Tensor:
+    # inverse_scale in fp64 asks for the exact product.
+    dtype = torch.promote_types(inverse_scale.dtype, torch.float32)
+    return x_q.to(dtype) @ w_q.to(dtype).t() * inverse_scale

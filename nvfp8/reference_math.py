@@ -1,0 +1,87 @@
+"""Formulas that several twins share, in the precision they are given: fp32, or fp64 where a test wants the exact value.
+
+`nvfp8/reference.py` rounds their results to the stream's dtype, `nvfp8/reference_fp8.py` quantizes them instead.
+Letters as in `nvfp8/reference.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp8.rounding import draw, split
+
+# nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
+NORM_EPS = 2.0**-23
+# Queries and keys are sharpened after their norm: each carries the factor 1.2.
+QK_SCALE = 1.2
+
+
+def wide(x: Tensor) -> Tensor:
+    """What is computed with: fp32, or fp64 if x is fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last axis: (..., D) wide -> x̂ (..., D) and 1/rms (...)."""
+    rstd = (x.square().mean(-1) + NORM_EPS).rsqrt()
+    return x * rstd[..., None], rstd
+
+
+def norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of x (..., D) from that of x̂, and x̂ once more."""
+    normed = x * rstd[..., None]
+    dx = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return dx, normed
+
+
+def mixed(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum x + pending (..., D), wide, and s = λ₀·(x + pending) + λ₁·x0 in x's dtype.
+
+    s is rounded to the stream's dtype: backward must normalize the very tensor that forward wrote.
+    """
+    before = wide(x) if pending is None else wide(x) + wide(pending)
+    return before, (before * lambdas[0] + wide(x0) * lambdas[1]).to(x.dtype)
+
+
+def lambda_gradient(ds: Tensor, stream: Tensor, x0: Tensor, lambdas: Tensor) -> Tensor:
+    """Gradient of λ (2,) from s itself: Σg·x = (Σg·s − λ₁·Σg·x0) / λ₀, all wide and (..., D)."""
+    along_x0 = (ds * x0).sum()
+    return torch.stack((((ds * stream).sum() - lambdas[1] * along_x0) / lambdas[0], along_x0))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Halves rotated, (a, b) -> (a·cos + b·sin, b·cos − a·sin): x (B, T, H, E), cos and sin (T, E/2)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = wide(cos)[:, None], wide(sin)[:, None]  # (T, 1, E/2): one rotation for all heads
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
+def heads_gradient(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
+    table: Tensor | None, ids: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`heads_backward` before its results are rounded: d_qkv (B, T, (H + 2K)·E) and d_gate (B, T, K) or None."""
+    normed = torch.cat((wide(q), wide(k)), 2) / QK_SCALE
+    d_normed = torch.cat((wide(dq), wide(dk)), 2) * QK_SCALE
+    d_rotated = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    wide_dv = wide(dv)
+    d_qkv = torch.cat((rotate(d_rotated, cos, -sin), wide_dv), 2).flatten(2)
+    if table is None or ids is None:
+        return d_qkv, None
+    return d_qkv, (wide_dv * wide(table[ids]).view_as(wide_dv)).sum(-1)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """Add a branch to the residual stream; a bf16 stream is rounded stochastically.
+
+    Rounded to nearest, a branch below half of the stream's last bit would leave every element as it was. The random bits are a
+    hash of an element's place.
+
+    Args:
+        stream: (..., D).
+        branch: (..., D).
+
+    Returns:
+        (..., D) in the stream's dtype.
+    """
+    total = wide(stream) + wide(branch)
+    return split(total, None, draw(total, 0))[0] if stream.dtype == torch.bfloat16 else total.to(stream.dtype)

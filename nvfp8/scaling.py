@@ -1,0 +1,299 @@
+"""From amax to scale: what every FP8 cast of a model multiplies by, as one flat state that one small update a step renews.
+
+A cast computes clamp(x · scale), with scale = largest / amax, so that the largest magnitude meets the format's largest number.
+Measuring amax first is a pass over memory of its own (`current`). `delayed` scaling (arXiv 2209.05433) takes it from the
+steps before: then the scale is known before the tensor exists, and the kernel that makes the tensor writes FP8 at once.
+
+A `Site` is one place where a tensor is cast. All sites of a model lie in three tensors, amax (n,), history (L, n) and scale (n,):
+kernels raise 0-D views of the first and read 0-D views of the last, and the update is a handful of launches for the whole model.
+
+The history rolls once a step, not once a micro-batch as in Transformer Engine. Weights change once a step, and magnitudes with
+them; a step's amax is the same however it is cut into micro-batches; 16 entries are 16 steps; ranks meet once; and the scale that
+an activation was cast with in forward is still there in backward.
+
+What is known without any history:
+* |x̂| ≤ √D after RMSNorm, so the scale 448/√D never saturates. E4M3's 3 bits of mantissa are the same over 2⁻⁶ … 448, so only what
+  falls below matters: at D = 1,536 numbers under 0.0014, a thousandth of a normal distribution, and those err by 9e-5 at most.
+* A weight is cast once a step, so it can be measured: its scale is exact.
+* The first gradients follow from the loss: a token's loss has a gradient of at most `loss_scale`, which is brought to 64, amid
+  E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations, and gradients in E4M3, are measured until
+  they have a history.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nvfp8 import reference
+from nvfp8.ops import ops
+from nvfp8.recipe import Operand, Recipe
+from nvfp8.rounding import FORMATS
+
+Kind = Literal["normed", "activation", "weight", "gradient"]
+DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_FIRST_GRADIENT = 64
+# A scale this large still has a reciprocal that is no denormal number, which a GPU takes for 0.
+_MOST = 2.0**126
+_loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)
+
+
+@contextlib.contextmanager
+def autocast(loss_scale: float) -> Iterator[None]:
+    """FP8 layers compute in FP8 inside, in bf16 outside; around forward and loss, backward may be anywhere.
+
+    Args:
+        loss_scale: gradient of a single token's loss, such as 1 / (tokens · accumulation steps).
+    """
+    token = _loss_scale.set(loss_scale)
+    try:
+        yield
+    finally:
+        _loss_scale.reset(token)
+
+
+def active() -> float | None:
+    """The loss scale inside `autocast`, None outside."""
+    return _loss_scale.get()
+
+
+class ScalingState(Protocol):
+    """What a model asks of whoever keeps its scales; every `Precision` has one."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to save, `<layer>.<what>`, not copies."""
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned; ValueError if it does not fit."""
+
+    def update(self) -> list[str]:
+        """After a step's gradients: renew scales. Names of what was not finite, and then nothing is renewed."""
+
+    def forget(self) -> None:
+        """After a step that is not applied: its magnitudes are none to go by."""
+
+
+class NoScaling:
+    """Of precisions that cast nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take nothing."""
+
+    def update(self) -> list[str]:
+        """Nothing was cast."""
+        return []
+
+    def forget(self) -> None:
+        """Nothing to forget."""
+
+
+class Site:
+    """One place where a tensor is cast to FP8, step after step.
+
+    Attributes:
+        what: which tensor, with {} for the layer's name: "the input of {}".
+        kind: decides where the scale comes from before there is a history.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+        delayed: whether the scale comes from the steps before.
+        scale: 0-D fp32 view of the model's state; multiplies.
+        inverse: 0-D fp32 view, 1 / scale.
+        amax: 0-D fp32 view, raised by whoever casts.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    amax: Tensor
+
+    def __init__(self, what: str, kind: Kind, operand: Operand, emulated: bool, width: int = 0):
+        """Belong to no model yet; `width` channels where `kind` is "normed"."""
+        self.what, self.kind, self.width, self.emulated = what, kind, width, emulated
+        self.dtype, self.delayed = DTYPES[operand.format], operand.scaling == "delayed"
+        self.owner: Scaling | None = None
+        self.index = 0
+
+    @property
+    def largest(self) -> float:
+        """The format's largest number."""
+        return FORMATS[self.dtype][2]
+
+    @property
+    def ready(self) -> bool:
+        """Whether `scale` can be used before the tensor has been looked at."""
+        if self.kind == "normed" or self.from_loss:
+            return True
+        return self.kind != "weight" and self.delayed and self.owner is not None and self.owner.seen[self.index]
+
+    @property
+    def from_loss(self) -> bool:
+        """Whether the loss gives a scale where there is no history: E4M3's range is too short to guess in."""
+        return self.kind == "gradient" and self.delayed and self.dtype == torch.float8_e5m2
+
+    def kernels(self, x: Tensor) -> ModuleType:
+        """What casts x: Triton kernels or, emulated, their twins on whatever device."""
+        return reference if self.emulated else ops(x)
+
+    def scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and its reciprocal for a tensor whose `amax`, 0-D fp32, was just measured; it is remembered too."""
+        self.amax.copy_(torch.maximum(self.amax, amax))
+        scale = scale_of(amax, self.largest, torch.ones_like(amax))
+        return scale, scale.reciprocal()
+
+
+def scale_of(amax: Tensor, largest: Tensor | float, otherwise: Tensor) -> Tensor:
+    """What brings `amax`, fp32 of any shape, to `largest`; `otherwise` where it is 0 or not finite."""
+    usable = (amax > 0) & (amax < torch.inf)
+    return torch.where(usable, (largest / amax).clamp(max=_MOST), otherwise)
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """A copy of x (n,), 16 bytes from one element to the next: Triton compiles a kernel again for a pointer aligned otherwise."""
+    return torch.stack((x, x, x, x), 1)[:, 0]
+
+
+class Scaling:
+    """Scales and amaxes of all sites of a model.
+
+    Attributes:
+        amax: (n,) fp32, of the step that is being made; None before the first tensor is cast.
+        history: (L, n) fp32, newest first.
+        scale: (n,) fp32.
+        inverse: (n,) fp32.
+        seen: on the host, whether each site ever had an amax above 0.
+    """
+
+    def __init__(self, sites: Mapping[str, Sequence[Site]], recipe: Recipe):
+        """Take `sites`, by the name of their layer."""
+        self.recipe = recipe
+        self.sites = [site for each in sites.values() for site in each]
+        self.names = [site.what.format(layer) for layer, each in sites.items() for site in each]
+        self.layers: dict[str, slice] = {}
+        end = 0
+        for layer, each in sites.items():
+            self.layers[layer] = slice(end, end := end + len(each))
+        for index, site in enumerate(self.sites):
+            site.owner, site.index = self, index
+        self.seen = [False] * len(self.sites)
+        self.delayed = any(site.delayed for site in self.sites)
+        self.amax: Tensor | None = None
+        # On the CPU until a tensor is cast, whatever device a model is being made on.
+        first = [site.largest / math.sqrt(site.width) if site.kind == "normed" else 1.0 for site in self.sites]
+        self.scale = torch.tensor(first, device="cpu")
+        self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites), device="cpu")
+        self._loss_scale: float | None = None
+
+    def begin(self, device: torch.device, loss_scale: float) -> None:
+        """Before a forward: the state is on `device`, and gradients without a history have the scale of the loss."""
+        if self.amax is None or self.amax.device != device:
+            self._allocate(device)
+        if loss_scale != self._loss_scale:
+            fresh = [site.from_loss and not self.seen[site.index] for site in self.sites]
+            with torch.no_grad():
+                self.scale.masked_fill_(torch.tensor(fresh, device=device), _FIRST_GRADIENT / loss_scale)
+                self.inverse.copy_(self.scale.reciprocal())
+            self._loss_scale = loss_scale
+
+    @torch.inference_mode(False)  # what is made while generating must be there for training
+    @torch.no_grad()
+    def _allocate(self, device: torch.device) -> None:
+        self.amax = _spaced(torch.zeros(len(self.sites), device=device))
+        # New tensors: views of the former must not change under a graph that still has them.
+        self.history, self.scale = self.history.to(device, copy=True), _spaced(self.scale.to(device))
+        self.inverse = _spaced(self.scale.reciprocal())
+        margin = 2.0**-self.recipe.margin
+        self._largest = torch.tensor([site.largest * margin for site in self.sites], device=device)
+        renewed = [site.delayed and site.kind in ("activation", "gradient") for site in self.sites]
+        self._renewed = torch.tensor(renewed, device=device)
+        for index, site in enumerate(self.sites):
+            site.amax, site.scale, site.inverse = self.amax[index], self.scale[index], self.inverse[index]
+
+    @torch.no_grad()
+    def update(self) -> list[str]:
+        """Enter the step's amaxes, the largest of all ranks, in the history, and renew the scales; every rank calls this.
+
+        One transfer to the host, which comes to know what was not finite and which sites have a history.
+
+        Returns:
+            Names of what was cast and was not finite. Then nothing enters, and the scales stay as they are.
+        """
+        if self.amax is None:
+            return []
+        # A maximum over ranks may lose a NaN, not an infinity.
+        latest = self.amax.nan_to_num(nan=torch.inf, posinf=torch.inf).contiguous()
+        if dist.is_initialized():
+            dist.all_reduce(latest, dist.ReduceOp.MAX)
+        amaxes = latest.tolist()
+        bad = [name for name, amax in zip(self.names, amaxes, strict=True) if not math.isfinite(amax)]
+        if not bad and self.delayed:
+            self.history.copy_(self.history.roll(1, 0))
+            self.history[0].copy_(latest)
+            expected = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(0)
+            self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
+            self.inverse.copy_(self.scale.reciprocal())
+            self.seen = [before or amax > 0 for before, amax in zip(self.seen, amaxes, strict=True)]
+        self.amax.zero_()
+        return bad
+
+    def forget(self) -> None:
+        """Drop the amaxes since the last update."""
+        if self.amax is not None:
+            self.amax.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Of delayed scaling, for each layer `scale` (k,) and `amax_history` (L, k) fp32; a scale of 0 stands for none yet."""
+        if not self.delayed:
+            return {}
+        # What is not renewed from a history is no state: it is known anyway.
+        kept = [site.delayed and site.kind in ("activation", "gradient") and self.seen[site.index] for site in self.sites]
+        scale = self.scale * torch.tensor(kept, device=self.scale.device)
+        parts: dict[str, Tensor] = {}
+        for layer, part in self.layers.items():
+            parts[f"{layer}.scale"] = scale[part]
+            parts[f"{layer}.amax_history"] = self.history[:, part].contiguous()
+        return parts
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned elsewhere; without a history of its own, and from other precisions', do nothing.
+
+        Raises:
+            ValueError: it is of a model with other layers, or of another amax_history_len; the message says which.
+        """
+        if not self.delayed or not any(key.endswith(".amax_history") for key in saved):
+            return
+        scale, history = self.scale.clone(), self.history.clone()
+        for layer, part in self.layers.items():
+            shapes = {"scale": (part.stop - part.start,), "amax_history": (len(history), part.stop - part.start)}
+            for what, shape in shapes.items():
+                found = saved.get(f"{layer}.{what}")
+                if found is None or found.shape != shape:
+                    is_now = "is missing" if found is None else f"is {tuple(found.shape)}"
+                    raise ValueError(f"the scaling state of {layer}: {what} {is_now}, {shape} is needed (amaxes remembered, casts)")
+            scale[part], history[:, part] = saved[f"{layer}.scale"], saved[f"{layer}.amax_history"]
+        self.seen = (scale > 0).tolist()
+        self.scale, self.history, self._loss_scale = torch.where(scale > 0, scale, self.scale), history, None
+        if self.amax is not None:
+            self._allocate(self.amax.device)
+
+
+UNBOUND = "an FP8 layer belongs to no model's scaling: keep what precision.scaling(model) returns, and call its update() every step"
+
+
+def owner(site: Site) -> Scaling:
+    """The model's scaling that a site belongs to.
+
+    Raises:
+        RuntimeError: to none.
+    """
+    if site.owner is None:
+        raise RuntimeError(UNBOUND)
+    return site.owner
