@@ -323,11 +323,7 @@ class Run:
             loss.backward()
         else:
             early.bad = "the loss"
-        norm = early.finish()
-        if early.bad is not None:
-            for optimizer in self.optimizers:
-                optimizer.steps = optimizer.steps  # one made in part counts for all: a checkpoint holds one count
-        return parallel.GradientCheck(norm, early.bad, value)
+        return parallel.GradientCheck(early.finish(), early.bad, value)
 
     def _set_rates(self, multiplier: float) -> None:
         step, plan = self.progress.step, self.plan
@@ -348,6 +344,8 @@ class Run:
         left = "the step is not applied"
         if self.early is not None and self.early.updated:
             left = f"{self.early.updated} of {len(self.parameters)} parameters were updated before it, the others are not"
+            for optimizer in self.optimizers:
+                optimizer.steps = optimizer.steps  # one made in part counts for all: a checkpoint holds one count
         self.say(f"step {step}: {what} is not finite, {left} ({progress.bad_steps} in a row)")
         if progress.bad_steps >= self.config.max_bad_steps:
             self.say(f"stopping after {progress.bad_steps} such steps; the last good checkpoint in {self.directory} is as it was")

@@ -265,6 +265,11 @@ def test_an_early_update_stops_at_a_gradient_that_is_not_finite(
     before, after = tensors(step=2), tensors(step=3)
     changed = {key.split(".exp_avg")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"lm_head.weight", "backout_lambda", "adamw.steps"}  # no matrix of Muon's was
+    straight = replace(config, update_early=True, num_iterations=5, save_every=3, model_tag="straight")
+    train(straight)
+    expected = tensors("straight", 5)
+    train(replace(straight, resume_from_step=3))
+    assert_equal(expected, tensors("straight", 5))
 
 
 def test_a_bad_loss_updates_nothing_early(
