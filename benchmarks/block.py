@@ -17,6 +17,7 @@ Medians; a weight's gradient is written, not added to an earlier micro-batch's.
 import argparse
 import json
 import os
+from functools import partial
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -104,9 +105,7 @@ def floor(width: int, tokens: int, rows: int, window: int, repeats: int) -> dict
         x, w, dy = operand(tokens, inner), operand(out, inner), operand(tokens, out).to(torch.bfloat16).to(torch.float8_e5m2)
         x_t, w_t, dy_t = (t.t().contiguous() for t in (x, w, dy))
         for kind, a, b in (("fprop", x, w), ("dgrad", dy, w_t), ("wgrad", dy_t, x_t)):
-            times[kind] += gpu_milliseconds(
-                lambda a=a, b=b, k=kind: fp8_matmul(a, b, one, one, torch.bfloat16, k == "fprop"), repeats
-            )
+            times[kind] += gpu_milliseconds(partial(fp8_matmul, a, b, one, one, torch.bfloat16, kind == "fprop"), repeats)
     heads = width // HEAD
     q, k, v = (torch.randn(rows, LENGTH, heads, HEAD, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     d_out = torch.randn_like(q)

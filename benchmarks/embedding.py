@@ -9,6 +9,7 @@ a gradient already there, `sort` what all tables share. PyTorch's is `embedding_
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -48,15 +49,15 @@ def main() -> None:
         order = token_order(ids)
         grad = torch.zeros_like(table)
 
-        def pytorch(rows: torch.Tensor = rows, ids: torch.Tensor = ids, grad: torch.Tensor = grad) -> None:
+        def pytorch(rows: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> None:
             grad.add_(torch.ops.aten.embedding_dense_backward(rows, ids, VOCAB, -1, False))
 
         record = {
             "ids": name, "most_frequent": int(ids.bincount().max()),
-            "sort": _milliseconds(lambda ids=ids: token_order(ids)),
-            "added": _milliseconds(lambda t=table, r=rows, o=order: add_rows_to_gradient(t, r, None, o)),
-            "added_gated": _milliseconds(lambda t=table, r=rows, g=gate, o=order: add_rows_to_gradient(t, r, g, o)),
-            "pytorch": _milliseconds(pytorch), "gpu": torch.cuda.get_device_name(),
+            "sort": _milliseconds(partial(token_order, ids)),
+            "added": _milliseconds(partial(add_rows_to_gradient, table, rows, None, order)),
+            "added_gated": _milliseconds(partial(add_rows_to_gradient, table, rows, gate, order)),
+            "pytorch": _milliseconds(partial(pytorch, rows, ids, grad)), "gpu": torch.cuda.get_device_name(),
         }  # fmt: skip
         print(json.dumps(record))
 

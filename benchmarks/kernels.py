@@ -16,6 +16,7 @@ quantizes its result: what the fused kernel replaces. Two ways to do one thing a
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,7 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
     yield Case("mix_norm_backward", arguments, lambda: kernels.mix_norm_backward(*arguments))
 
     for which, rows, columns in (("both", True, True), ("rows", True, False), ("columns", False, True)):
-        yield Case(
-            f"quantize, {which}", (flat,), lambda r=rows, c=columns: kernels.quantize(flat, scale, E5M2, amax, rows=r, columns=c)
-        )
+        yield Case(f"quantize, {which}", (flat,), partial(kernels.quantize, flat, scale, E5M2, amax, rows=rows, columns=columns))
     yield Case("amax_", (flat,), lambda: kernels.amax_(flat, amax))
     yield Case(
         "mix_norm_quantize", (x, branch, x0),

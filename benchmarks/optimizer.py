@@ -108,7 +108,7 @@ def main() -> None:
     result["state_GiB"] = round((bytes_of_state(adamw) + bytes_of_state(muon)) / 2**30, 3)
     milliseconds, moved, copy = (
         gpu_milliseconds(adamw.step, args.steps, lambda: renew(adamw)),
-        adamw.bytes_moved(),
+        bytes_moved(adamw),
         copy_bandwidth(),
     )
     result |= {"adamw_gpu_ms": round(milliseconds, 3), "adamw_GB": round(moved / 1e9, 3), "copy_GB_s": round(copy / 1e9)}

@@ -7,15 +7,15 @@ gradients. Every optimizer gets the same values and rates. A library that is not
 
 `ms` is the GPU's time alone (`benchmarks/timing.py`), of all kernels that a step launches. `state_bytes` is per parameter, what the
 allocator holds after two steps and did not before: state, masters, scales. `GB_s` is what a step must move, the gradient once and
-weight and state twice, over `ms`; `of_copy` is its share of the copy rate measured beside it. A library that reads something twice
-shows a lower rate, not more bytes.
+weight and state twice (a weight beside its fp32 master once), over `ms`; `of_copy` is its share of the copy rate beside it.
+A library that reads more shows a lower rate, not more bytes.
 """
 
 import argparse
 import gc
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,11 +97,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, dtype: torch.dtype, build: Callable[[list[Tensor]], Any]) -> dict[str, float]:
+def bytes_moved(name: str, params: Sequence[Tensor], state: int) -> int:
+    """What a step must move; a weight beside an fp32 master need not be read. Gradients are of the weights' dtype."""
+    return (2 if "fp32 masters" in name else 3) * sum(p.nbytes for p in params) + 2 * state
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Build one optimizer and time its step."""
+    dtype, build = PEERS[name]
     torch.manual_seed(0)
     shape = args.rows, args.width
-    params = [torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for _ in range(args.tensors)]
+    params: list[Tensor] = [torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype)) for _ in range(args.tensors)]
     for p in params:
         p.grad = torch.randn_like(p)
     before = torch.cuda.memory_allocated()
@@ -111,7 +117,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, build: Callable[[list[
     torch.cuda.synchronize()
     state = torch.cuda.memory_allocated() - before
     milliseconds = gpu_milliseconds(optimizer.step, args.repeats)
-    moved = sum(3 * p.nbytes for p in params) + 2 * state
+    moved = bytes_moved(name, params, state)
     count = sum(p.numel() for p in params)
     return {"ms": round(milliseconds, 3), "state_bytes": round(state / count, 3), "GB_s": round(moved / milliseconds / 1e6)}
 
@@ -120,11 +126,11 @@ def main() -> None:
     """Parse flags, run, print."""
     args = arguments()
     copy = round(copy_bandwidth() / 1e9)
-    for name, (dtype, build) in PEERS.items():
+    for name in PEERS:
         if args.only not in name:
             continue
         try:
-            result: dict[str, Any] = measure(args, dtype, build)
+            result: dict[str, Any] = measure(name, args)
             result["of_copy"] = round(result["GB_s"] / copy, 3)
         except BadInput as error:
             result = {"missing": str(error)}

@@ -53,8 +53,8 @@ def main() -> None:
     add_state_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_args()
-    if args.update_early and (args.accumulation != 1 or args.adamw != "own"):
-        parser.error("--update-early goes with --accumulation 1 and --adamw own")
+    if args.update_early and (args.accumulation != 1 or args.adamw != "own" or args.te_weights == "fp8"):
+        parser.error("--update-early goes with --accumulation 1, --adamw own and --te-weights bf16")
     if args.deterministic:
         make_deterministic()
     device = torch.device("cuda")
@@ -71,7 +71,7 @@ def main() -> None:
     all_groups = groups(model, config, weight_decay=0.28)
     optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
-    early = UpdateEarly(own, dict(model.named_parameters())) if args.update_early else None
+    early = UpdateEarly(own) if args.update_early else None
 
     def step() -> torch.Tensor:
         if early is not None:

@@ -3,7 +3,7 @@
 Embedding tables feed a bf16 stream, so they are bf16, and they are their own masters (`master` False in their group), as nanochat
 has them: a byte of remainder for each would be 0.6 GiB at d24. How they are rounded follows what is asked of the others:
 
-    masters fp32            to nearest, nanochat's way
+    masters fp32            to nearest, nanochat's way, and so are their moments in bf16: β₂ is 0.995 at most there
     bf16, bf16+8, bf16+16   stochastically: it costs no byte, and what bf16 cannot hold adds up on average
 """
 
@@ -42,5 +42,5 @@ class AdamW(StoredByName, optim.AdamW):
             own = "bf16" if table and all(p.dtype == torch.bfloat16 for p in group["params"]) else "fp32"
             group["exp_avg_dtype"], group["exp_avg_sq_dtype"] = exp_avg or own, exp_avg_sq or own
             group["master_weights"] = "bf16" if table else master
-            group["stochastic"] = master != "fp32"
+            group["stochastic"] = not table or master != "fp32"
         optim.AdamW.__init__(self, groups, seed=seed)

@@ -78,20 +78,27 @@ class NamedOptimizer(torch.optim.Optimizer):
 
 
 class _Of(Mapping[str, Tensor]):
-    """The entries of `saved` that belong to one parameter, without its name; nothing is read before it is asked for."""
+    """The entries of `saved` that belong to one parameter, without its name; nothing is read before it is asked for.
 
-    def __init__(self, saved: Mapping[str, Tensor], name: str) -> None:
-        self._saved, self._name = saved, name
+    Here all parameters of an optimizer have made the same steps, and a checkpoint says once how many.
+    """
+
+    def __init__(self, saved: Mapping[str, Tensor], name: str, kind: str) -> None:
+        self._saved, self._name, self._steps = saved, name, f"{kind}.steps"
+
+    def _key(self, what: object) -> str:
+        return self._steps if what == "step" else f"{self._name}.{what}"
 
     def __getitem__(self, what: str) -> Tensor:
-        return self._saved[f"{self._name}.{what}"]
+        return self._saved[self._key(what)]
 
     def __contains__(self, what: object) -> bool:
-        return f"{self._name}.{what}" in self._saved
+        return self._key(what) in self._saved
 
     def __iter__(self) -> Iterator[str]:
         start = f"{self._name}."
-        return (key.removeprefix(start) for key in self._saved if key.startswith(start))
+        yield "step"
+        yield from (key.removeprefix(start) for key in self._saved if key.startswith(start))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -104,6 +111,24 @@ class StoredByName(NamedOptimizer, StoredOptimizer):
     begins with the weight; where more was saved than this run keeps, that becomes the weight.
     """
 
+    @property
+    def steps(self) -> int:
+        """Updates made so far; one that was made in part counts, one that was skipped does not."""
+        return max((int(state["step"]) for state in self.state.values()), default=0)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for state in self.state.values():
+            state["step"].fill_(value)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the stored state itself, not copies: `<parameter name>.<what>` -> tensor; steps are counted once for all."""
+        return {name: value for name, value in super().named_state().items() if not name.endswith(".step")}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """See `NamedOptimizer`; a process that owns nothing has not counted steps."""
+        return super().state_tensors() if self.state else {}
+
     def gradient(self, parameter: Tensor) -> Tensor:
         """The gradient that an update takes."""
         return gradient(parameter)
@@ -111,15 +136,16 @@ class StoredByName(NamedOptimizer, StoredOptimizer):
     def load_state_tensors(self, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """See `NamedOptimizer`; bit for bit where formats are the same."""
         depends = ("scale", "master", "remainder")  # on the formats it was saved in
+        if not self.state:
+            return
         wanted = [f"{self.kind}.steps", *(key for key in self.named_state() if key.rpartition(".")[2] not in depends)]
         missing = [key for key in wanted if key not in saved]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BadInput(f"the checkpoint lacks the optimizer state {missing[0]}{more}; resume with its own settings")
-        self.steps = int(saved[f"{self.kind}.steps"])  # first, for it is part of the keys of rounding
         for name, p in self.named_parameters():
             try:
-                self.restore(p, _Of(saved, name), weights.get(name, p.detach()))
+                self.restore(p, _Of(saved, name, self.kind), weights.get(name, p.detach()))
             except KeyError as error:
                 raise BadInput(f"the checkpoint lacks the optimizer state {name}.{error.args[0]}") from error
             except ValueError as error:

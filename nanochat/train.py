@@ -137,7 +137,7 @@ class Run:
             all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw, config.formats, config.seed
         )
         own = [optimizer for optimizer in self.optimizers if isinstance(optimizer, StoredByName)]
-        self.early = UpdateEarly(own, self.parameters) if config.update_early else None
+        self.early = UpdateEarly(own) if config.update_early else None
 
     @property
     def _resuming(self) -> bool:
@@ -344,6 +344,8 @@ class Run:
         left = "the step is not applied"
         if self.early is not None and self.early.updated:
             left = f"{self.early.updated} of {len(self.parameters)} parameters were updated before it, the others are not"
+            for optimizer in self.optimizers:
+                optimizer.steps = optimizer.steps  # one made in part counts for all: a checkpoint holds one count
         self.say(f"step {step}: {what} is not finite, {left} ({progress.bad_steps} in a row)")
         if progress.bad_steps >= self.config.max_bad_steps:
             self.say(f"stopping after {progress.bad_steps} such steps; the last good checkpoint in {self.directory} is as it was")

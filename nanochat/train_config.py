@@ -93,6 +93,11 @@ class TrainConfig:
         parse_formats(self.state_dtype, self.master_weights)
         if self.update_early and self.adamw != "own":
             raise BadInput(f"--update-early updates tensor by tensor, --adamw {self.adamw} all at once: use --adamw own")
+        if self.update_early and self.te_weights == "fp8":
+            raise BadInput(
+                "--update-early: with --te-weights fp8 gradients reach their matrices past autograd, and all would wait for the "
+                "end of backward; use --te-weights bf16"
+            )
         if self.resume and self.resume_from_step >= 0:
             raise BadInput("--resume takes the newest checkpoint, --resume-from-step a given one: use one of them")
 

@@ -1,18 +1,19 @@
 """The twins of the optimizers' kernels; `nvfp8/reference.py` says what a twin is, and offers these beside its own.
 
-They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; every number is
-the same. What is rounded stochastically takes one key a matrix, and each element's position inside its matrix: neither the order
-of matrices in a stack nor the way a stack is cut into chunks changes a bit.
+They decode whole tensors to fp32 (fp64 for fp64 input) and encode them again, which the kernels do in registers; but for a
+GPU's roots and quotients (`nvfp8/kernels/rounding.py`) and its fused multiply-adds every number is the same. What is rounded
+stochastically takes one key a matrix, and each element's position inside its matrix: neither the order of matrices in a stack nor
+the way a stack is cut into chunks changes a bit.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nvfp8.rounding import draw, three
+from nvfp8.rounding import FORMATS, draw, square_root, three
 from nvfp8.state import Stored, codec_of, read_weight, write_weight
 
 
@@ -27,7 +28,7 @@ class AdamWTensor(NamedTuple):
         rest: what is kept beside the parameter, as `nvfp8.state.Master` says, or None.
         factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
         key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
-        stochastic: whether a bf16 parameter is, too, or to nearest.
+        stochastic: whether bf16 is, too, or to nearest, as a parameter beside an fp32 master always is.
     """
 
     parameter: Tensor
@@ -40,11 +41,15 @@ class AdamWTensor(NamedTuple):
     stochastic: bool
 
 
-def adamw_(tensors: Sequence[AdamWTensor]) -> None:
+def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> None:
     """One step of AdamW for many tensors, in place; `nvfp8/optim/adamw.py` has the formula.
 
     Where m is FP8, √v counts as no less than the number next to 0 that m could have been stored as. An m far below it is rounded
     up to it now and then, and beside a √v that is as small as the true m that would make a step of thousands of lr.
+
+    Args:
+        tensors: all on one device.
+        plans: where kernels keep what they have worked out of sizes, for the same tensors' next step; the twin needs nothing.
     """
     for t in tensors:
         take1, take2, step_size, unbias2, eps, keep = t.factors
@@ -56,14 +61,14 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         v = v + take2 * (g * g - v)
         value = read_weight(t.parameter, t.rest)
         if second.root:  # the root is at hand
-            root = v.sqrt() if least is None else torch.maximum(v.sqrt(), least)
+            root = square_root(v) if least is None else torch.maximum(square_root(v), least)
             root = root * math.sqrt(unbias2)
         else:
-            root = ((v if least is None else torch.maximum(v, least * least)) * unbias2).sqrt()
+            root = square_root((v if least is None else torch.maximum(v, least * least)) * unbias2)
         value = value * keep - step_size * (m / (root + eps))
         for_weight, for_first, for_second = three(draw(value, t.key))
-        first.encode_(t.exp_avg, m, for_first)
-        second.encode_(t.exp_avg_sq, v, for_second)
+        for codec, stored, moment, bits in ((first, t.exp_avg, m, for_first), (second, t.exp_avg_sq, v, for_second)):
+            codec.encode_(stored, moment, bits if t.stochastic or codec.blocked else None)
         write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)
 
 
@@ -86,17 +91,18 @@ def muon_nesterov_(
         x: (n, r, c); written.
         take: 1 − mu, exact.
         mu: μ.
-        keys: n of 31 bits, for FP8.
+        keys: n of 31 bits, for FP8 and bf16.
     """
-    assert scales is None or keys is not None, "what is rounded stochastically needs a key for each matrix"
+    drawn = momentum.dtype in (torch.bfloat16, *FORMATS)
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     for i, (grad, stored, out) in enumerate(zip(gradients, momentum, x, strict=True)):
         g = _wide(grad)
         m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
         m = m + take * (g - m)
-        if scales is None or keys is None:
-            stored.copy_(m)
+        if drawn and keys is not None:
+            codec_of(stored.dtype).encode_(Stored(stored, None if scales is None else scales[i]), m.float(), draw(m, keys[i]))
         else:
-            codec_of(stored.dtype).encode_(Stored(stored, scales[i]), m, draw(m, keys[i]))
+            stored.copy_(m)
         out.copy_(g + mu * (m - g))
 
 

@@ -116,6 +116,12 @@ def to_grid(value: Tensor, dtype: torch.dtype, bits: Tensor | None, squared: boo
     return torch.where(value.isfinite(), rounded.copysign(value), torch.nan)
 
 
+def square_root(value: Tensor) -> Tensor:
+    """√value (fp32, not negative), at least 2^-63 but of 0: what kernels make of denormal numbers is not the CPU's."""
+    result = value.sqrt()
+    return torch.where(value > 0, result.clamp_min(2.0**-63), result)
+
+
 def encode(value: Tensor, dtype: torch.dtype, bits: Tensor | None, root: bool) -> tuple[Tensor, Tensor]:
     """Store fp32 numbers as FP8 with a scale for every block.
 
@@ -129,7 +135,7 @@ def encode(value: Tensor, dtype: torch.dtype, bits: Tensor | None, root: bool) -
         (n,) in `dtype`, and (⌈n / BLOCK⌉,) fp32 scales; a block of zeros has scale 0, one with NaN or inf has that.
     """
     count = len(value)
-    blocks = torch.nn.functional.pad(value.sqrt() if root else value, (0, -count % BLOCK)).view(-1, BLOCK)
+    blocks = torch.nn.functional.pad(square_root(value) if root else value, (0, -count % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1) * ((1 + HEADROOM) / FORMATS[dtype][2])
     # Multiplied by a reciprocal, as the kernels do; a scale so small that it has none is of a block that is as good as zero.
     inverse = torch.where(scale > 2.0**-126, 1 / scale, 0.0)

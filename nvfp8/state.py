@@ -1,10 +1,11 @@
 """How optimizer state and weights lie in memory between two steps; an optimizer's math is fp32 and knows nothing of it.
 
-State: `Codec`. fp32 and bf16 are plain numbers; e4m3 and e5m2 are FP8 with an fp32 scale for every 128 elements, rounded
-stochastically (`nvfp8/rounding.py` says why). A second moment spans many more orders of magnitude than a first, so in FP8 its
-square root is kept: E4M3's 2^18 become 2^36, with steps of at most 1/4. (COAT, arXiv 2410.19313, expands the range with a
-power chosen for each block; the fixed power 1/2 needs no second scale and no logarithm.) Roots that are not 0 are never
-rounded to 0: a weight whose second moment vanished would move by its first over eps.
+State: `Codec`. fp32 and bf16 are plain numbers; e4m3 and e5m2 are FP8 with an fp32 scale for every 128 elements. All but fp32 are
+rounded stochastically (`nvfp8/rounding.py` says why): to nearest, even a bf16 average stands still where β is over 0.996. A second
+moment spans many more orders of magnitude than a first, so in FP8 its square root is kept: E4M3's 2^18 become 2^36, with steps of
+at most 1/4. (COAT, arXiv 2410.19313, expands the range with a power chosen for each block; the fixed power 1/2 needs no second
+scale and no logarithm.) Roots that are not 0 are never rounded to 0: a weight whose second moment vanished would move by its first
+over eps.
 
 Weights: `Master`. Beside bf16 weights, which layers compute with, what bf16 cuts off: nothing, a byte, or 16 bits, which make the
 weight exact fp32; or a whole fp32 copy. What is not kept is rounded stochastically, so updates far below bf16's spacing add up.
@@ -82,10 +83,10 @@ class Codec:
         Args:
             stored: as `allocate` made it.
             value: its shape.
-            bits: of `rounding.draw`, for FP8; None rounds to nearest, as fp32 and bf16 always are.
+            bits: of `rounding.draw`; None rounds to nearest, as fp32 state always is.
         """
         if stored.scale is None:
-            stored.data.copy_(value)
+            stored.data.copy_(value if bits is None or self.dtype == torch.float32 else rounding.split(value, None, bits)[0])
             return
         flat = value.flatten()
         data, scale = rounding.encode(flat, self.dtype, None if bits is None else bits.flatten(), self.root)
@@ -168,10 +169,15 @@ def master(name: str) -> Master:
 
 
 def read_weight(parameter: Tensor, rest: Tensor | None) -> Tensor:
-    """A weight in fp32, from itself and what is kept beside it. It may be one of the two: read it, do not write it."""
+    """A weight in fp32, from itself and what is kept beside it. It may be one of the two: read it, do not write it.
+
+    Where a bf16 weight is not the rounding of its fp32 copy, it has been written since, and counts itself.
+    """
     if rest is None:
         return parameter.float()
-    return rest if rest.dtype == torch.float32 else rounding.join(parameter, rest)
+    if rest.dtype != torch.float32:
+        return rounding.join(parameter, rest)
+    return torch.where(parameter == rest.to(parameter.dtype), rest, parameter.float())
 
 
 def write_weight(parameter: Tensor, rest: Tensor | None, value: Tensor, bits: Tensor | None) -> None:

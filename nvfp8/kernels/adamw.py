@@ -5,8 +5,8 @@ memory, so nothing else may: the host pays for one upload a step and one launch 
 
 The upload is a table, a row of 96 bytes for each tensor, from pinned memory: its addresses, its size, its key for rounding and its
 factors. Gradients are new tensors every step, and schedules change the factors, so most of it is news anyway; and values
-from memory never compile anything anew, as arguments may. A second table stays on the device: which tensor and which block of
-4096 elements each program takes. It depends on sizes only.
+from memory never compile anything anew, as arguments may. A second table stays on the device, with the optimizer: which tensor
+and which block of 4096 elements each program takes. It depends on sizes only.
 
 A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
 compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
@@ -14,7 +14,6 @@ such as a scalar, are a launch of their own. Random numbers depend on (key, elem
 element serves both moments and the weight (`rounding.three`): with three, arithmetic would bound the kernel rather than memory.
 """
 
-import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from nvfp8.kernels import rounding
 from nvfp8.reference_optim import AdamWTensor
 
 BLOCK = 4096  # elements a program
+PLANS = 64  # 8 bytes a program each: 0.2 % of its 4096 elements at one byte each
 _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
@@ -71,14 +71,16 @@ def _read(
 @triton.jit
 def _write(
     addresses, value, at, size, block, bits,
-    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
     if FORMAT is None:
         if tl.bfloat16 == TYPE:
-            # By bits: the interpreter's casts to bf16 cut off.
-            bits, _ = rounding.split(value, rounding.nearest(value), 0)
-            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, bits.to(tl.int16), at < size)
+            if not STOCHASTIC:
+                bits = rounding.nearest(value)
+            top, _ = rounding.split(value, bits, 0)
+            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, top.to(tl.int16), at < size)
         else:
             tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
     else:
@@ -116,16 +118,16 @@ def _adamw(
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least * least)
-        counted = tl.sqrt(counted * tl.load(factors + 3))
+        counted = rounding.square_root(counted * tl.load(factors + 3))
     else:
-        v = tl.sqrt(v)  # what is stored
+        v = rounding.square_root(v)  # what is stored
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least)
         counted = counted * tl.load(factors + 6)
     step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
-    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
-    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
+    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, ALIGNED, BLOCK)
+    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, ALIGNED, BLOCK)
 
     keep = tl.load(factors + 5)
     if tl.float32 == PARAMETER:
@@ -138,11 +140,11 @@ def _adamw(
             stored = tl.load(weight, mask, 0)
             value = rounding.join(stored, tl.zeros_like(stored), 0)
         elif tl.float32 == REST:
-            value = tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0)
+            value = rounding.written(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0))
         else:
             value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
         value = value * keep - step
-        if not STOCHASTIC:
+        if tl.float32 == REST or not STOCHASTIC:  # beside a whole copy nothing is lost
             bits = rounding.nearest(value)
         top, remainder = rounding.split(value, bits, EXTRA)
         tl.store(weight, top.to(tl.int16), mask)
@@ -152,8 +154,7 @@ def _adamw(
             tl.store(_pointer(row + 6, REST, ALIGNED) + at, remainder.to(REST), mask)
 
 
-@functools.lru_cache(maxsize=16)
-def _blocks(members: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def _blocks(members: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """For each program the row of its tensor and its block there, (programs, 2) int32; `members` are rows and sizes."""
     counts = torch.tensor([triton.cdiv(size, BLOCK) for _, size in members], device="cpu")
     first = counts.cumsum(0) - counts
@@ -162,8 +163,12 @@ def _blocks(members: tuple[tuple[int, int], ...], device: torch.device) -> Tenso
     return torch.stack((rows, blocks), 1).to(device, torch.int32)
 
 
-def adamw_(tensors: Sequence[AdamWTensor]) -> None:
+def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> None:
     """See `nvfp8.reference.adamw_`; all on one device, what is updated contiguous, in dtypes of `nvfp8.state`."""
+    plans = {} if plans is None else plans
+    if not tensors:
+        return
+    device = tensors[0].parameter.device
     rows, gradients = [], []  # a copy of a gradient must outlive the launch, and in this list it does
     launches: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for row, t in enumerate(tensors):
@@ -174,6 +179,9 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
         assert all(x is None or x.is_contiguous() for x in (t.parameter, *moments, t.rest)), "adamw_ writes contiguous memory"
         elements = (t.parameter, gradients[-1], t.exp_avg.data, t.exp_avg_sq.data, t.rest)
         assert all(x is None or x.numel() == size for x in elements), "state and gradient have the parameter's elements"
+        blocks = triton.cdiv(size, rounding.BLOCK.value)
+        assert all(s is None or s.numel() == blocks for s in (t.exp_avg.scale, t.exp_avg_sq.scale)), "a block has one scale"
+        assert all(x is None or x.device == device for x in (*elements, *moments)), "what a launch is given lies on one device"
         addresses = [0 if x is None else x.data_ptr() for x in (*elements[:2], *moments, t.rest)]
         # Scales are few: they are loaded one by one wherever they are.
         aligned = not size % 16 and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
@@ -183,18 +191,22 @@ def adamw_(tensors: Sequence[AdamWTensor]) -> None:
             launches.setdefault(kinds, []).append((row, size))
     if not launches:
         return
-    device = tensors[0].parameter.device
-    assert all(t.parameter.device == device for t in tensors), "one launch is on one device"
     table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
-    table = table.to(device, non_blocking=True)
-    for (parameter, gradient, first, second, rest, stochastic, aligned), members in launches.items():
-        blocks = _blocks(tuple(members), device)
-        _adamw[(len(blocks),)](
-            table, table.view(torch.int32), table.view(torch.float32), blocks,
-            PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
-            REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
-            SECOND_FORMAT=rounding.FORMATS.get(second),
-            STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+    with torch.cuda.device_of(tensors[0].parameter):  # Triton launches on the current one
+        table = table.to(device, non_blocking=True)
+        for (parameter, gradient, first, second, rest, stochastic, aligned), members in launches.items():
+            plan = (device, *members)
+            if plan not in plans:
+                if len(plans) == PLANS:
+                    del plans[next(iter(plans))]  # the oldest
+                plans[plan] = _blocks(members, device)
+            blocks = plans[plan]
+            _adamw[(len(blocks),)](
+                table, table.view(torch.int32), table.view(torch.float32), blocks,
+                PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
+                REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
+                SECOND_FORMAT=rounding.FORMATS.get(second),
+                STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
+            )  # fmt: skip

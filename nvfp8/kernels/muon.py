@@ -62,7 +62,11 @@ def _muon_nesterov(
     if FORMAT is not None:
         m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, at), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
-    tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
+    if MOMENTUM.dtype.element_ty == tl.bfloat16:
+        top, _ = rounding.split(m, _bits(GRADIENTS, matrix, at), 0)
+        tl.store((MOMENTUM + start + at).to(tl.pointer_type(tl.int16), bitcast=True), top.to(tl.int16), mask)
+    else:
+        tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -82,7 +86,7 @@ def _muon_descend(
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
     u = tl.load(X + start + at, mask, 0.0).to(tl.float32) * scale
     if MASTERED:
-        w = tl.load(KEPT + start + at, mask, 0.0)
+        w = rounding.written(tl.load(weight, mask, 0), tl.load(KEPT + start + at, mask, 0.0))
     elif NARROW:
         if EXTRA > 0:
             rest = tl.load(KEPT + start + at, mask, 0)
@@ -116,6 +120,10 @@ def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tenso
     return table.to(first.device, non_blocking=True), all(address % 16 == 0 for address in addresses)
 
 
+def _on_one_device(x: Tensor, *others: Tensor | None) -> None:
+    assert all(other is None or other.device == x.device for other in others), "what a launch is given lies on one device"
+
+
 def _grid(x: Tensor) -> tuple[int, int]:
     n, r, c = x.shape
     assert r * c <= 2**31 - BLOCK, "inside a matrix, kernels count in int32"
@@ -129,17 +137,21 @@ def muon_nesterov_(
     """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
     n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
+    _on_one_device(x, *gradients, momentum, scales)
     assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
+    drawn = momentum.dtype != torch.float32
+    assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     if scales is not None:
-        assert keys is not None, "what is rounded stochastically needs a key for each matrix"
         assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
     dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
     gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
-    table, aligned = _table(gradients, keys if scales is not None else None)
-    _muon_nesterov[_grid(x)](
-        table, momentum, scales, x, r, c, float(take), float(mu), tl.float32 if dtype == torch.float32 else tl.bfloat16, aligned,
-        rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    table, aligned = _table(gradients, keys if drawn else None)
+    kind = tl.float32 if dtype == torch.float32 else tl.bfloat16
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _muon_nesterov[_grid(x)](
+            table, momentum, scales, x, r, c, float(take), float(mu), kind, aligned, rounding.FORMATS.get(momentum.dtype),
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
 
 
 def muon_descend_(
@@ -149,6 +161,7 @@ def muon_descend_(
     """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
     narrow = weights[0].dtype == torch.bfloat16
     assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
+    _on_one_device(x, *weights, kept, scale)
     assert all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights), "weights must be contiguous, of one dtype"
     assert narrow or weights[0].dtype == torch.float32, "weights must be fp32 or bf16"
     assert narrow or kept is None, "an fp32 weight is whole"
@@ -157,7 +170,8 @@ def muon_descend_(
     drawn = narrow and not mastered and extra < 16
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     table, aligned = _table(weights, keys if drawn else None)
-    _muon_descend[_grid(x)](
-        table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
-        mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _muon_descend[_grid(x)](
+            table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
+            mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip

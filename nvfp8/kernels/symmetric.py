@@ -12,6 +12,7 @@ its upper half written twice, so the result is exactly symmetric even where a·b
 bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,7 +70,8 @@ def symmetric_product_(
     assert a.dtype == b.dtype == out.dtype, "the operands and the result of a symmetric product have one dtype"
     block_k = 64 if a.element_size() == 2 else 32  # 96 KiB of tiles in three stages: a GB10's block may have 99
     tiles = triton.cdiv(size, BLOCK)
-    _symmetric_product[tiles * (tiles + 1) // 2, n](
-        a, b, c, out, size, depth, *a.stride(), *b.stride(), float(alpha), float(beta), float(diagonal),
-        EVEN=depth % block_k == 0, ADDED=c is not None, BLOCK=BLOCK, BLOCK_K=block_k, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):  # Triton launches on the current one
+        _symmetric_product[tiles * (tiles + 1) // 2, n](
+            a, b, c, out, size, depth, *a.stride(), *b.stride(), float(alpha), float(beta), float(diagonal),
+            EVEN=depth % block_k == 0, ADDED=c is not None, BLOCK=BLOCK, BLOCK_K=block_k, num_warps=8, num_stages=3,
+        )  # fmt: skip

@@ -4,7 +4,8 @@
     p ← p·(1 - lr·wd) - lr / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵗ)) + eps)
 
 Decoupled weight decay (arXiv 1711.05101), eps outside the root. What is read is widened to fp32, what is written is rounded once.
-Where m is FP8, √v counts as no less than m's smallest code (`nvfp8/reference_optim.py` says why).
+Where m is FP8, √v counts as no less than m's smallest code (`nvfp8/reference_optim.py` says why). In FP8 what is not finite
+spreads over the 128 elements that share its scale, and stays: look at gradients before a step.
 
 On a GPU that is one launch for each combination of storage (`nvfp8/kernels/adamw.py`), which reads g and reads and writes the
 rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 for a bf16+8 weight with both moments in FP8 and
@@ -13,16 +14,18 @@ its gradient in bf16.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nvfp8.ops import ops
-from nvfp8.optim.stored import StoredOptimizer, local
+from nvfp8.optim.shards import local
+from nvfp8.optim.stored import StoredOptimizer
 from nvfp8.reference_optim import AdamWTensor
 from nvfp8.state import Master
 
 
 class AdamW(StoredOptimizer):
-    """AdamW for fp32 and bf16 parameters on one device, DTensors included."""
+    """AdamW for fp32 and bf16 parameters, DTensors included."""
 
     coded = ("exp_avg", "exp_avg_sq")
 
@@ -41,19 +44,24 @@ class AdamW(StoredOptimizer):
             eps: added to the root.
             weight_decay: wd.
             exp_avg_dtype: how m is stored, a key of `nvfp8.state.STATE_DTYPES`.
-            exp_avg_sq_dtype: how v is stored; in FP8 its root. bf16 is rounded to nearest: v freezes where β₂ is over 0.996.
+            exp_avg_sq_dtype: how v is stored; in FP8 its root.
             master_weights: what is kept beside bf16 parameters, a key of `nvfp8.state.MASTERS`; fp32 ones are whole.
-            stochastic: round what is not kept of a bf16 parameter stochastically, or to nearest, which loses small updates.
+            stochastic: round bf16, of parameters that nothing completes and of moments, stochastically, or to nearest, which loses
+                small updates and freezes a v whose β₂ is over 0.996. FP8 is always rounded stochastically.
             seed: of stochastic rounding.
 
         Raises:
-            ValueError: no format is called so, or a parameter is neither fp32 nor bf16, or not contiguous.
+            ValueError: no format is called so, a parameter is neither fp32 nor bf16, or not contiguous, or a rate cannot be.
         """
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "exp_avg_dtype": exp_avg_dtype,
-            "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weights": master_weights, "stochastic": stochastic,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weights": master_weights, "stochastic": stochastic, "seed": seed,
         }  # fmt: skip
-        super().__init__(params, defaults, seed)
+        super().__init__(params, defaults)
+
+    def _index(self) -> None:
+        super()._index()
+        self._plans: dict[Any, Tensor] = {}  # the kernel's
 
     def _allocate(self, group: dict[str, Any], kept: Master) -> None:
         for p in group["params"]:
@@ -62,14 +70,16 @@ class AdamW(StoredOptimizer):
             self._keep(p, moments, kept.allocate(part))
 
     def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
-        tensors = [self._tensor(p, gradient) for p, gradient in given]
-        if tensors:
-            ops(tensors[0].parameter).adamw_(tensors)
+        by_device: dict[torch.device, list[AdamWTensor]] = {}
+        for p, gradient in given:
+            by_device.setdefault(p.device, []).append(self._tensor(p, gradient))
+        for tensors in by_device.values():
+            ops(tensors[0].parameter).adamw_(tensors, self._plans)
 
     def _tensor(self, p: Tensor, gradient: Tensor) -> AdamWTensor:
         group = self._group_of[p]
         beta1, beta2 = group["betas"]
-        lr, steps = float(group["lr"]), group["steps"]
+        lr, steps = float(group["lr"]), self._steps(p)
         factors = (
             1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
         )  # fmt: skip

@@ -6,36 +6,49 @@ finite, what backward reached before it is updated. So before each update all gr
 and from the first that is not finite on nothing more is updated. What is not finite spreads the way backward goes, so a bad loss
 or head stops a step before it has begun; the caller should look at the loss even before that. Each look makes the host wait.
 
+What would need all gradients at once does not exist here: no clipping by their norm, no accumulation, no sum over processes, so
+one process with whole tensors. Nor is `optimizer.step` called, so its hooks are not, and schedulers may say that they miss it.
+
 A gradient is complete when autograd has accumulated it, which is after the last use of its parameter in backward: nothing will
 read the weight again in this step. Where an optimizer updates several at once (`parts`), the last to be complete starts it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nvfp8.optim.stored import StoredOptimizer, local
+from nvfp8.optim.shards import placed
+from nvfp8.optim.stored import StoredOptimizer
 
 
 class UpdateEarly:
     """Hooks on all parameters of some optimizers; each backward between `begin` and `finish` is a step.
 
     Attributes:
-        bad: name of the first parameter in this step whose gradient was not finite; None if there was none.
+        bad: name of the first parameter in this step whose gradient was not finite; None if there was none. A caller who sees
+            a loss that is not finite says so here instead of calling backward.
         updated: how many parameters this step has updated.
     """
 
-    def __init__(self, optimizers: Sequence[StoredOptimizer], names: Mapping[str, Tensor]) -> None:
+    def __init__(self, optimizers: Sequence[StoredOptimizer]) -> None:
         """Install the hooks.
 
         Args:
-            optimizers: whose parameters, groups and rates count.
-            names: parameters by name, for `bad`.
+            optimizers: whose parameters, names, groups and rates count.
+
+        Raises:
+            ValueError: there are several processes, or a parameter is a DTensor.
         """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(f"updates in backward are for one process, here are {dist.get_world_size()}: gradients are not summed")
         self._optimizers = optimizers
-        self._names = {p: name for name, p in names.items()}
+        self._names = {p: optimizer.name_of(p) for optimizer in optimizers for part in optimizer.parts() for p in part}
+        for p, name in self._names.items():
+            if placed(p):
+                raise ValueError(f"{name} is a DTensor: updates in backward are for whole tensors")
         self._parts = {p: (optimizer, part) for optimizer in optimizers for part in optimizer.parts() for p in part}
         self._handles = [p.register_post_accumulate_grad_hook(self._complete) for p in self._parts]
         self._begun = False
@@ -46,11 +59,18 @@ class UpdateEarly:
             handle.remove()
 
     def begin(self) -> None:
-        """Begin a step: rates are set, gradients are None, backward comes next."""
-        for optimizer in self._optimizers:
-            optimizer.begin()
+        """Begin a step: rates are set, gradients are None, one backward comes next.
+
+        Raises:
+            ValueError: a gradient is left from before, or an optimizer has got parameters since this was made.
+        """
+        if {p for optimizer in self._optimizers for part in optimizer.parts() for p in part} != self._parts.keys():
+            raise ValueError("an optimizer has got parameters since UpdateEarly was made: remove it and make another")
+        for p, name in self._names.items():
+            if p.grad is not None:
+                raise ValueError(f"{name} has a gradient before its step's backward: updates in backward accumulate nothing")
         self._completed: set[Tensor] = set()
-        self._unseen: dict[str, Tensor] = {}  # norms of gradients by name
+        self._unseen: dict[Tensor, Tensor] = {}  # norms of gradients by parameter
         self._norms: list[float] = []
         self.bad: str | None = None
         self.updated, self._begun = 0, True
@@ -58,39 +78,55 @@ class UpdateEarly:
     def finish(self) -> float:
         """Update what no hook has seen, which has no gradient or had it written past autograd, and end the step.
 
+        What is left is looked at together: all of it is updated, or none.
+
         Returns:
             L2 norm of all gradients together; not finite if `bad` is set.
         """
-        for p in self._parts:
-            if p not in self._completed:
-                self._complete(p)
         self._begun = False
-        if self.bad is not None and not self.updated:  # a step that was not made does not count
-            for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
-                group["steps"] -= 1
-        return math.hypot(*self._norms)
+        left = [p for p in self._parts if p not in self._completed]
+        for p in left:
+            self._note(p)
+        self._look()
+        for optimizer, part in {id(self._parts[p][1]): self._parts[p] for p in left}.values():
+            self._update(optimizer, part)
+        norm = math.hypot(*self._norms)
+        return norm if self.bad is None or not math.isfinite(norm) else math.nan
 
     def _complete(self, parameter: Tensor) -> None:
         if not self._begun:
             return
+        if parameter in self._completed:
+            raise RuntimeError(
+                f"{self._names[parameter]} got a gradient twice in one step: between begin and finish is one backward pass, "
+                "without checkpoints that call backward again (use_reentrant=False)"
+            )
+        self._note(parameter)
+        optimizer, part = self._parts[parameter]
+        if all(p in self._completed for p in part):
+            self._look()
+            self._update(optimizer, part)
+
+    def _note(self, parameter: Tensor) -> None:
         self._completed.add(parameter)
         if parameter.grad is not None:
             with torch.no_grad():
-                self._unseen[self._names[parameter]] = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
-        optimizer, part = self._parts[parameter]
-        if any(p not in self._completed for p in part):
-            return
-        self._look()
-        if self.bad is None:
-            optimizer.update(part)
-            self.updated += len(part)
-        for p in part:
-            p.grad = None
+                self._unseen[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
 
     def _look(self) -> None:
-        """Look at all gradients that backward has completed since the last look, in that order: one wait for the GPU."""
-        norms = torch.stack(list(self._unseen.values())).tolist() if self._unseen else []
+        """Look at all gradients that were completed since the last look, in that order: one wait for the GPU."""
+        if not self._unseen:
+            return
+        device = next(iter(self._unseen)).device
+        norms = torch.stack([norm.to(device) for norm in self._unseen.values()]).tolist()
         self._norms += norms
         if self.bad is None:
-            self.bad = next((name for name, norm in zip(self._unseen, norms, strict=True) if not math.isfinite(norm)), None)
+            bad = (p for p, norm in zip(self._unseen, norms, strict=True) if not math.isfinite(norm))
+            self.bad = next((self._names[p] for p in bad), None)
         self._unseen.clear()
+
+    def _update(self, optimizer: StoredOptimizer, part: list[Tensor]) -> None:
+        if self.bad is None:
+            self.updated += optimizer.update(part)
+        for p in part:
+            p.grad = None

@@ -20,7 +20,7 @@ Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace 
     sums of squares for NorMuon                       2                          2
     descend, one kernel                               x 2, and the weight twice
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
-    weight                   fp32 4    bf16 beside an fp32 master 6 (written; read as 4)    bf16 2    bf16+8 3    bf16+16 4
+    weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
 52 in all where all is fp32, 44 with an e4m3 momentum and bf16+8 weights. At d24 (680 M) that is 35 and 30 GB, 8.4 and 7.1 ms at
 4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). With bf16 gradients 2 bytes less.
 
@@ -31,6 +31,7 @@ a chunk), by "gram" 27 and 54 MiB (18 and 9).
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +78,26 @@ class _Stack:
 
     group: dict[str, Any]
     params: list[Tensor]  # n of (r, c)
+    views: list[dict[str, Tensor]]  # of the buffers, a matrix each: what `optimizer.state` holds
     momentum: Stored  # (n, r, c), each matrix with its own blocks
     second_moment: Tensor  # (n, r, 1), or (n, 1, c) where r < c; fp32
     kept: Tensor | None  # (n, r, c) beside matrices stored lower than fp32
 
 
+def _alike(params: list[Tensor]) -> Collection[list[Tensor]]:
+    """Matrices sorted by shape, dtype and device."""
+    sorted_: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+    for p in params:
+        sorted_.setdefault((p.shape, p.dtype, p.device), []).append(p)
+    return sorted_.values()
+
+
 class Muon(StoredOptimizer):
-    """Muon for fp32 and bf16 matrices on one device. Each is needed whole: a sharded one is refused."""
+    """Muon for fp32 and bf16 matrices. Each is needed whole: a sharded one is refused.
+
+    `state` holds views of buffers, one a shape. What is put there instead (moved to another device and back, say) is copied into
+    them at the next update; memory is not saved by moving it away.
+    """
 
     coded = ("momentum",)
 
@@ -107,38 +121,76 @@ class Muon(StoredOptimizer):
             seed: of stochastic rounding; with the step and a matrix's name it says how an element is rounded.
 
         Raises:
-            ValueError: no format is called so, or a parameter is no whole contiguous matrix in fp32 or bf16.
+            ValueError: no format is called so, a parameter is no whole contiguous matrix in fp32 or bf16, or a rate cannot be.
         """
         self.compute_dtype, self.workspace = compute_dtype, workspace
         self._stacks: list[_Stack] = []
         defaults = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "momentum_dtype": momentum_dtype,
-            "master_weights": master_weights,
+            "master_weights": master_weights, "seed": seed,
         }  # fmt: skip
-        super().__init__(params, defaults, seed)
+        super().__init__(params, defaults)
 
     def _allocate(self, group: dict[str, Any], kept: Master) -> None:
         """Sort a group's matrices by shape and allocate their state."""
-        by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         for p in group["params"]:
-            if p.ndim != 2:
+            if p.ndim != 2 or not p.numel():
                 raise ValueError(f"Muon takes matrices, {self._names[p]} has shape {tuple(p.shape)}")
             if hasattr(p, "placements"):
                 raise ValueError(
                     f"Muon takes whole matrices, {self._names[p]} is a DTensor: keep it out of fully_shard, or give it to AdamW"
                 )
-            by_shape.setdefault((p.shape, p.dtype), []).append(p)
-        for ((r, c), _), params in by_shape.items():
-            n, device = len(params), params[0].device
+        stacks = []
+        for params in _alike(group["params"]):
+            n, (r, c), device = len(params), params[0].shape, params[0].device
             momentum = self._codec(group, "momentum").allocate((n, r, c), device, stacked=True)
             second_moment = torch.zeros((n, r, 1) if r >= c else (n, 1, c), dtype=torch.float32, device=device)
             beside = [rest for rest in (kept.allocate(p.detach()) for p in params) if rest is not None]
-            stack = _Stack(group, params, momentum, second_moment, torch.stack(beside) if beside else None)
-            self._stacks.append(stack)
-            for i, p in enumerate(params):
-                scale = None if momentum.scale is None else momentum.scale[i]
-                self._keep(p, {"momentum": Stored(momentum.data[i], scale)}, None if stack.kept is None else stack.kept[i])
-                self.state[p]["second_moment"] = second_moment[i]
+            stacks.append(self._stack(group, params, momentum, second_moment, torch.stack(beside) if beside else None))
+        self._stacks += stacks
+
+    def _stack(
+        self, group: dict[str, Any], params: list[Tensor], momentum: Stored, second_moment: Tensor, kept: Tensor | None
+    ) -> _Stack:
+        views = []
+        for i, p in enumerate(params):
+            scale, step = None if momentum.scale is None else momentum.scale[i], self.state.get(p, {}).get("step")
+            self._keep(p, {"momentum": Stored(momentum.data[i], scale)}, None if kept is None else kept[i])
+            self.state[p]["second_moment"] = second_moment[i]
+            views.append({what: value for what, value in self.state[p].items() if what != "step"})
+            if step is not None:
+                self.state[p]["step"] = step
+        return _Stack(group, params, views, momentum, second_moment, kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled; stacks are made anew of the state in it."""
+        return {**super().__getstate__(), "compute_dtype": self.compute_dtype, "workspace": self.workspace}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become what was copied or pickled."""
+        super().__setstate__(state)
+        self._stacks = []
+        for group in self.param_groups:
+            for params in _alike(group["params"]):
+                every = [self.state[p] for p in params]
+                buffers = {what: torch.stack([entries[what] for entries in every]) for what in every[0] if what != "step"}
+                momentum = Stored(buffers["momentum"], buffers.get("momentum.scale"))
+                kept = buffers.get("master", buffers.get("remainder"))
+                self._stacks.append(self._stack(group, params, momentum, buffers["second_moment"], kept))
+
+    def _adopt(self, stack: _Stack, part: slice) -> None:
+        """Copy into a stack what a user has put into `state` in the place of its views."""
+        for p, views in zip(stack.params[part], stack.views[part], strict=True):
+            entries = self.state[p]
+            for what, view in views.items():
+                value = entries.get(what)
+                if value is view:
+                    continue
+                if value is None or value.shape != view.shape or value.dtype != view.dtype:
+                    made = f"{view.dtype} {tuple(view.shape)}"
+                    raise ValueError(f"{what} in the state of {self._names[p]} is not the {made} that was made")
+                view.copy_(value)
+                entries[what] = view
 
     def parts(self) -> list[list[Tensor]]:
         """The chunks of stacks that go through Polar Express together."""
@@ -171,12 +223,13 @@ class Muon(StoredOptimizer):
 
     def _descend(self, stack: _Stack, part: slice, gradients: list[Tensor]) -> None:
         """One step of the matrices `part` of a stack."""
+        self._adopt(stack, part)
         group, params = stack.group, stack.params[part]
         momentum, scales = (None if buffer is None else buffer[part] for buffer in stack.momentum)
         assert momentum is not None
         x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
         passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
-        keys = None if scales is None else [self._key(p, _MOMENTUM) for p in params]
+        keys = None if momentum.dtype == torch.float32 else [self._key(p, _MOMENTUM) for p in params]
         passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
         _equilibrate_(x)
         x = polar_express(x, fastest_products(r, c, self.compute_dtype))

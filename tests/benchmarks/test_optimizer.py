@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks import optimizer, optimizer_peers
+from nanochat.adamw import AdamW
+
 COMMAND = [sys.executable, "-m", "benchmarks.optimizer", "--depth", "2", "--steps", "2"]
 
 
@@ -16,6 +19,18 @@ def test_without_a_gpu_it_is_one_line() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: the optimizers are timed on a GPU, and torch finds no CUDA device\n"
+
+
+def test_the_bytes_of_a_step_are_counted_by_hand() -> None:
+    hyper = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1, "master": True}
+    for master, beside in (("fp32", 2 + 2 * 4), ("bf16+8", 2 * 2 + 2 * 1)):  # a weight beside its fp32 master is only written
+        p = torch.nn.Parameter(torch.zeros(256, 4, dtype=torch.bfloat16))
+        p.grad = torch.zeros_like(p)
+        adamw = AdamW([{"params": [p], "param_names": ["p"], **hyper}], exp_avg="e4m3", exp_avg_sq="bf16", master=master)
+        scales = 4 * 1024 // 128
+        assert optimizer.bytes_moved(adamw) == 1024 * (2 + 2 * (1 + 2) + beside) + 2 * scales
+        state = optimizer.bytes_of_state(adamw)
+        assert optimizer_peers.bytes_moved(f"ours e4m3, {master} masters", [p], state) == optimizer.bytes_moved(adamw)
 
 
 PEERS = [sys.executable, "-m", "benchmarks.optimizer_peers", "--rows", "512", "--width", "256", "--tensors", "2", "--repeats", "2"]

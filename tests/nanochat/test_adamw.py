@@ -10,8 +10,7 @@ from torch import Tensor
 
 from nanochat.adamw import AdamW
 from nanochat.errors import BadInput
-from nvfp8.rounding import draw, key
-from nvfp8.state import MASTERS, STATE_DTYPES, Stored, codec, codec_of, read_weight
+from nvfp8.state import MASTERS, STATE_DTYPES, Stored, codec_of, read_weight
 
 HYPER = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
 
@@ -192,7 +191,8 @@ def test_names_must_match_parameters_and_torchs_own_state_is_refused() -> None:
 def test_an_empty_group_is_a_rank_that_owns_nothing() -> None:
     opt = AdamW([{"params": [], "param_names": [], **HYPER, "master": False}])
     opt.step()
-    assert list(opt.state_tensors()) == ["adamw.steps"]
+    assert opt.state_tensors() == {}
+    opt.load_state_tensors({}, {})
 
 
 FORMATS = list(itertools.product(STATE_DTYPES, STATE_DTYPES, MASTERS))
@@ -289,25 +289,6 @@ def test_10000_updates_far_below_bf16s_spacing_survive(kept: str) -> None:
     assert abs(moved / (10_000 * 2**-20) - 1) < bound
     table = float(params["table"].detach().double().mean() - 1)
     assert table == 0 if kept == "fp32" else abs(table / (10_000 * 2**-20) - 1) < 0.1
-
-
-def moving_average(state_dtype: str, stochastic: bool, steps: int) -> float:
-    """How far the first moment of falling gradients is from where exact math has it, beside an element that holds the scale."""
-    stored = codec(state_dtype).allocate((128,), "cpu")
-    value = torch.full((128,), 0.3)
-    value[0] = 1.0
-    for step in range(steps):
-        codec(state_dtype).encode_(stored, value, draw(value, key(0, step, 0, 0)) if stochastic else None)
-        value = codec(state_dtype).decode(stored).clone()
-        value[1:] *= 0.97
-    return float(value[1:].mean() / (0.3 * 0.97**steps))
-
-
-@pytest.mark.parametrize("state_dtype", ["e4m3", "e5m2"])
-def test_rounded_to_nearest_an_fp8_average_freezes(state_dtype: str) -> None:
-    """Why rounding is stochastic: 66 steps at β = 0.97 leave 13 % of a value; to nearest, E4M3 leaves nearly all of it."""
-    assert moving_average(state_dtype, False, 66) > 5
-    assert abs(moving_average(state_dtype, True, 66) - 1) < 0.15
 
 
 @pytest.mark.parametrize("first", STATE_DTYPES)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import rounding
-from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, three, to_grid, uniform
+from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, square_root, three, to_grid, uniform
 
 DTYPES = list(FORMATS)
 
@@ -136,7 +136,7 @@ def test_adversarial_blocks(name: str, dtype: torch.dtype, root: bool) -> None:
     back = decode(stored, scale, root)
     assert back.isfinite().all() and len(scale) == -(-len(value) // BLOCK)
     smallest, mantissa, largest = FORMATS[dtype]
-    kept = value.sqrt() if root else value
+    kept = square_root(value) if root else value
     step = torch.maximum(kept * 2.0**-mantissa, kept.max() / largest * 2.0 ** (smallest - mantissa))
     below, above = (kept - step).clamp_min(0), kept + step
     if name == "denormal" and not root:
@@ -145,6 +145,11 @@ def test_adversarial_blocks(name: str, dtype: torch.dtype, root: bool) -> None:
         assert ((back.sqrt() >= below * 0.999) & (back.sqrt() <= above * 1.001)).all()
     else:
         assert ((back >= below * 0.999) & (back <= above * 1.001)).all()
+
+
+def test_the_root_of_no_other_number_than_0_is_0() -> None:
+    value = torch.tensor([0.0, 1e-45, 1e-40, 2.0**-126, 4.0, torch.inf, torch.nan])
+    assert square_root(value)[:-1].tolist() == [0.0, 2.0**-63, 2.0**-63, 2.0**-63, 2.0, math.inf] and square_root(value)[-1].isnan()
 
 
 def ema(dtype: torch.dtype | None, beta: float, root: bool, stochastic: bool, start: float, steps: int) -> float:
