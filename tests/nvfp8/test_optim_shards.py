@@ -227,4 +227,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     work = {function.__name__: function for function in (sequence_parallel, sharded, checkpoints)}[sys.argv[1]]
     work(dist.get_rank(), Path(sys.argv[2]))
+    dist.barrier()  # gloo aborts a process whose peer is gone while its own threads still run
     dist.destroy_process_group()
