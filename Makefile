@@ -28,9 +28,8 @@ train: $(INSTALLED) $(TOKENIZER)/tokenizer.json
 $(TOKENIZER)/tokenizer.json: | $(INSTALLED)
 	$(RUN) -m scripts.tok_train --data python --vocab-size 4096 --out $(TOKENIZER)
 
-# A process a core, each with one thread: tests are many and small.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 12
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 12
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -94,7 +94,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Norm, projections, rotary, windowed attention and output projection, added to the stream."""
+    """Norm, projections, rotary, windowed attention and output projection."""
 
     def __init__(self, config: GPTConfig, layer: int, precision: Precision):
         """Allocate the projections, and the gate where the layer has a value embedding."""

@@ -192,7 +192,7 @@ class NormLinear(nn.Module):
             width: how many leading channels of x̂ the caller wants to see.
 
         Returns:
-            The mixed stream (..., D), free to be added to in place; x0, to be handed to the next block (so its gradient
+            The mixed stream (..., D); x0, to be handed to the next block (so its gradient
             is summed block by block inside the kernels rather than by autograd in passes of its own); x̂[..., :width];
             the projections, concatenated (..., Σ out_features).
         """

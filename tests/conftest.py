@@ -1,11 +1,13 @@
 """What every test relies on: one thread, no writes outside a temporary directory, and GPU tests that skip aloud."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and Triton are imported. Tests are tiny: a second thread only gets in the way of the next process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,3 +67,40 @@ def two_ranks(free_port: Callable[[], str]) -> Iterator[Callable[..., list["subp
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def train_on_two_ranks(two_ranks: Callable[..., list[Any]]) -> Callable[[Any], None]:
+    """Train what a TrainConfig says, on two ranks, deterministically."""
+
+    def run(config: Any) -> None:
+        arguments = ["-m", "scripts.base_train", "--deterministic"]
+        for flag, value in vars(config).items():
+            if not isinstance(value, bool) and value not in (None, ""):
+                arguments += [f"--{flag.replace('_', '-')}={value}"]
+        for process in two_ranks(*arguments):
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+
+    return run
+
+
+@pytest.fixture
+def torch_texts(tmp_path: Path) -> str:
+    """The beginnings of PyTorch's own modules as a .jsonl, and a tokenizer of them where runs look for theirs."""
+    from nanochat.dataset import base_dir
+    from nanochat.tokenizer import Tokenizer
+
+    texts = [path.read_text()[:4000] for path in sorted(Path(torch.nn.modules.__file__).parent.glob("*.py"))]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
+    return str(path)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what kernels' wrappers allocate with NaN, so an element that no program writes is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))

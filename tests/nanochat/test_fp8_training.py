@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
 from nanochat.plan import make_plan
-from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from nvfp8.precision import bf16, fp8
@@ -137,14 +135,9 @@ def test_evaluation_and_decoding_take_any_number_of_tokens() -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    """The beginnings of PyTorch's own modules, as text."""
-    texts = [path.read_text()[:4000] for path in sorted(Path(torch.nn.modules.__file__).parent.glob("*.py"))]
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
+def config(torch_texts: str) -> TrainConfig:
     return TrainConfig(
-        data=str(path), depth=3, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=16, total_batch_size=1024,
+        data=torch_texts, depth=3, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=16, total_batch_size=1024,
         num_iterations=30, warmup_steps=5,
         matrix_lr=0.1, embedding_lr=1.0, unembedding_lr=0.03, scalar_lr=0.5,  # so small a batch divides them by 22
         eval_every=-1, eval_tokens=1024, sample_every=-1, core_metric_every=-1,
@@ -207,16 +200,10 @@ class TestRuns:
         assert losses("whole") == losses("parts")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo and CPU tensors")
-    def test_two_ranks_see_what_one_sees(self, config: TrainConfig, two_ranks: Callable[..., list[Any]]) -> None:
+    def test_two_ranks_see_what_one_sees(self, config: TrainConfig, train_on_two_ranks: Callable[[TrainConfig], None]) -> None:
         """A step's amaxes do not depend on how its rows are cut into micro-batches and ranks."""
         config = replace(config, total_batch_size=2048, num_iterations=1, model_tag="two")
-        arguments = ["-m", "scripts.base_train", "--deterministic"]
-        for flag, value in vars(config).items():
-            if not isinstance(value, bool) and value not in (None, ""):
-                arguments += [f"--{flag.replace('_', '-')}={value}"]
-        for process in two_ranks(*arguments):
-            _, error = process.communicate(timeout=300)
-            assert process.returncode == 0, error
+        train_on_two_ranks(config)
         train(replace(config, deterministic=True, model_tag="one"))
         one, two = ({k: v for k, v in saved(tag, 1).items() if k.startswith("scaling")} for tag in ("one", "two"))
         assert one.keys() == two.keys() and len(one) == 2 * 3 * config.depth

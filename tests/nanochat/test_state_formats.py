@@ -291,17 +291,11 @@ def test_a_bad_loss_updates_nothing_early(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo and CPU tensors")
 def test_two_ranks_and_one_store_the_same_and_go_on_from_each_other(
-    config: TrainConfig, two_ranks: Callable[..., list[Any]]
+    config: TrainConfig, train_on_two_ranks: Callable[[TrainConfig], None]
 ) -> None:
     """Ownership decides nothing: not how a tensor is rounded, and not whether a checkpoint can be loaded."""
     config = replace(config, **FP8, total_batch_size=256, num_iterations=2, model_tag="two")
-    arguments = ["-m", "scripts.base_train", "--deterministic"]
-    for flag, value in vars(config).items():
-        if not isinstance(value, bool) and value not in (None, ""):
-            arguments += [f"--{flag.replace('_', '-')}={value}"]
-    for process in two_ranks(*arguments):
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    train_on_two_ranks(config)
     train(replace(config, model_tag="one"))
     assert [(directory(tag, 2) / "optim_rank1.safetensors").exists() for tag in ("one", "two")] == [False, True]
     one, two = tensors("one", 2), tensors("two", 2)

@@ -1,8 +1,6 @@
 """Training through Transformer Engine: beside bf16, resumed, moved to other precisions; and what is refused, on any machine."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
 from nanochat.plan import make_plan
-from nanochat.tokenizer import Tokenizer
 from nanochat.train import train
 from nanochat.train_config import TrainConfig
 from nvfp8 import te
@@ -141,14 +138,9 @@ def test_a_micro_batch_that_fp8_gemms_do_not_take_is_refused() -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    """The beginnings of PyTorch's own modules, as text."""
-    texts = [path.read_text()[:4000] for path in sorted(Path(torch.nn.modules.__file__).parent.glob("*.py"))]
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    Tokenizer.train(texts, 512).save(base_dir() / "tokenizer")
+def config(torch_texts: str) -> TrainConfig:
     return TrainConfig(
-        data=str(path), depth=4, aspect_ratio=64, head_dim=64, max_seq_len=128, device_batch_size=8, total_batch_size=2048,
+        data=torch_texts, depth=4, aspect_ratio=64, head_dim=64, max_seq_len=128, device_batch_size=8, total_batch_size=2048,
         num_iterations=50, warmup_steps=40,
         eval_every=25, eval_tokens=2048, sample_every=-1, core_metric_every=-1,
         precision="te", model_tag="te",
