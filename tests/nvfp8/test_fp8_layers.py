@@ -244,14 +244,19 @@ def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
 # ------------------------------------------------------------------------------------- what travels between layers in FP8
 
 
-def test_gradients_arrive_in_fp8_and_only_the_last_is_cast_by_itself(casts: list[Any]) -> None:
-    precision = fp8(RECIPES["delayed"], emulated=True)
+def second_step(name: str, casts: list[Any]) -> None:
+    """Two steps of a block with attention; `casts` are left to be those of the second, whose sites have a history."""
+    precision = fp8(RECIPES[name], emulated=True)
     made, scaling = made_of(precision, table=True)
     given = inputs(DEVICE, torch.bfloat16)
     for _ in range(2):
         casts.clear()
         step(precision, made, given, run_attention)
         scaling.update()
+
+
+def test_gradients_arrive_in_fp8_and_only_the_last_is_cast_by_itself(casts: list[Any]) -> None:
+    second_step("delayed", casts)
     # The weights have not changed. o is cast for the forward GEMM, and again, transposed, in backward. Of all gradients only the
     # one of the projections behind the block is cast by itself: its reader is no layer of ours.
     tokens = (TOKENS, WIDTH)
@@ -259,13 +264,7 @@ def test_gradients_arrive_in_fp8_and_only_the_last_is_cast_by_itself(casts: list
 
 
 def test_current_scaling_measures_every_gradient(casts: list[Any]) -> None:
-    precision = fp8(RECIPES["current"], emulated=True)
-    made, scaling = made_of(precision, table=True)
-    given = inputs(DEVICE, torch.bfloat16)
-    for _ in range(2):
-        casts.clear()
-        step(precision, made, given, run_attention)
-        scaling.update()
+    second_step("current", casts)
     gradients_cast = [shape for shape, rows, columns in casts if rows and columns]
     # Of next, the MLP's output, attention's output, q k v; the one before relu² is cast where it is made.
     assert gradients_cast == [(TOKENS, WIDTH), (TOKENS, WIDTH), (TOKENS, WIDTH), (TOKENS, 3 * WIDTH)]
