@@ -38,7 +38,7 @@ from nvfp8.rounding import FORMATS
 
 Kind = Literal["normed", "activation", "weight", "gradient"]
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_FIRST_GRADIENT = 64
+FIRST_GRADIENT = 64
 # A scale this large still has a reciprocal that is no denormal number, which a GPU takes for 0.
 _MOST = 2.0**126
 _loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)
@@ -198,7 +198,7 @@ class Scaling:
         if loss_scale != self._loss_scale:
             fresh = [site.from_loss and not self.seen[site.index] for site in self.sites]
             with torch.no_grad():
-                self.scale.masked_fill_(torch.tensor(fresh, device=device), _FIRST_GRADIENT / loss_scale)
+                self.scale.masked_fill_(torch.tensor(fresh, device=device), FIRST_GRADIENT / loss_scale)
                 self.inverse.copy_(self.scale.reciprocal())
             self._loss_scale = loss_scale
 

@@ -7,26 +7,22 @@ submodule, so neither its gamma nor its `_extra_state`, a pickle, enters the sta
 A weight is cast to FP8 when it has changed, which its version counter says: once a step rather than once a micro-batch.
 
 Delayed scaling begins with scale 1, which is no scale: gradients of 1e-8 are all zero in E5M2, and weights that start at zero
-outgrow each scale before it is used. So gradients begin with a scale that follows from the loss's, and a weight takes the
-scale of its own amax whenever it is cast; activations and later gradients have their history. It rolls with every
-micro-batch, as Transformer Engine does it: 16 entries are two steps of 8 micro-batches.
+outgrow each scale before it is used. So gradients begin with a scale that follows from the loss's (`nvfp8/scaling.py`), and a
+weight takes the scale of its own amax whenever it is cast; activations and later gradients have their history. It rolls with
+every micro-batch, as Transformer Engine does it: 16 entries are two steps of 8 micro-batches.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nvfp8 import scaling
 from nvfp8.recipe import Recipe
 from nvfp8.te import engine, te_recipe
 
-# Before there is a history, gradients are scaled so that one of the size of `loss_scale`, which a token's loss can have at most,
-# comes to 64: amid E5M2's range of 2^-16 … 2^15, with room on both sides.
-_FIRST_GRADIENT = 64
-_loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)
 # Rows of a module's scaling state that belong to its weights (`transformer_engine.pytorch.constants.FP8FwdTensorIdx`).
 _WEIGHT_ROWS = (1, 4)
 STATE = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
@@ -40,12 +36,8 @@ def autocast(recipe: Recipe, loss_scale: float) -> Iterator[None]:
         recipe: of all of them.
         loss_scale: gradient of a single token's loss, such as 1 / (tokens · accumulation steps).
     """
-    token = _loss_scale.set(loss_scale)
-    try:
-        with engine().autocast(enabled=True, recipe=te_recipe(recipe)):
-            yield
-    finally:
-        _loss_scale.reset(token)
+    with scaling.autocast(loss_scale), engine().autocast(enabled=True, recipe=te_recipe(recipe)):
+        yield
 
 
 class Engine:
@@ -81,11 +73,11 @@ class Engine:
         # Others than before after load_state_dict(assign=True), elsewhere after .to(device) or .data = …
         if [(id(p), p.data_ptr()) for p in parameters] != self._built_around:
             self._build(parameters)
-        loss_scale = _loss_scale.get()
+        loss_scale = scaling.active()
         if loss_scale is None and not self.fp8_weights:
             return self.module(x)
         if loss_scale is not None and self._without_history:
-            self.module.fp8_meta["scaling_bwd"].scale.fill_(_FIRST_GRADIENT / loss_scale)
+            self.module.fp8_meta["scaling_bwd"].scale.fill_(scaling.FIRST_GRADIENT / loss_scale)
             self._without_history = False
         versions = [parameter._version for parameter in parameters]
         changed = versions != self._cast_from

@@ -41,7 +41,6 @@ def _norm_quantize(
         x += tl.load(PENDING + at + column, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at + column, mask, 0.0).to(tl.float32)
-    if MIX:
         stored = x.to(STREAM.dtype.element_ty)
         tl.store(STREAM + at + column, stored, mask)
         x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
