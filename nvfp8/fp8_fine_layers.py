@@ -38,8 +38,9 @@ class FineFP8(NamedTuple):
 
 
 def cast(x: Tensor, operand: Operand) -> FineFP8:
-    """Quantize x (R, K) with scales measured along K, as `operand` says; blocks want multiples of 128."""
+    """Quantize x (R, K), of any strides, with scales measured along K, as `operand` says; blocks want multiples of 128."""
     dtype = scaling.DTYPES[operand.format]
+    x = x.contiguous()  # elementwise results keep the strides of a transpose, which a GEMM summed over K does not take
     rows, columns = {"row": (1, x.shape[1]), "block1x128": (1, BLOCK), "block128x128": (BLOCK, BLOCK)}[operand.scaling]
     blocks = x.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # (R/rows, rows, K/columns, columns)
     amax = blocks.abs().amax((1, 3), keepdim=True)
@@ -61,10 +62,12 @@ def product(a: FineFP8, b: FineFP8, out_dtype: torch.dtype, fast: bool, emulated
     """The product a (M, K) · b (N, K)ᵀ -> (M, N).
 
     Raises:
-        ValueError: E5M2 times E5M2.
+        ValueError: E5M2 times E5M2, or an operand that is not contiguous along K, refused on every device.
     """
     if a.data.dtype == b.data.dtype == torch.float8_e5m2:
         raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer")
+    if not (a.data.is_contiguous() and b.data.is_contiguous()):
+        raise ValueError("both operands must be contiguous along the summed axis")
     if a.data.is_cuda and not emulated:
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a=a.inverse, scale_b=b.inverse.t(), out_dtype=out_dtype, use_fast_accum=fast
