@@ -138,7 +138,8 @@ class Linear(nn.Module):
         return _Linear.apply(x, self.weight)
 
 
-def _stacked(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
+def stacked(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights (O, I) of one input as one (ΣO, I), cast for a GEMM."""
     return torch.cat([weight.to(dtype) for weight in weights])
 
 
@@ -148,7 +149,7 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stream, normed, rstd = ops(x).mix_forward(x, pending, x0, lambdas, x.shape[-1])
-        out = F.linear(normed, _stacked(weights, x.dtype))
+        out = F.linear(normed, stacked(weights, x.dtype))
         ctx.save_for_backward(x, pending, x0, lambdas, rstd, *weights)
         ctx.set_materialize_grads(False)
         return stream, x0, normed[..., :width].contiguous(), out
@@ -162,7 +163,7 @@ class _NormLinear(torch.autograd.Function):
         d_stream = torch.zeros_like(x) if d_stream is None else d_stream.contiguous()
         if d_out is None:
             d_out = x.new_zeros(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
-        d_normed = d_out @ _stacked(weights, x.dtype)
+        d_normed = d_out @ stacked(weights, x.dtype)
         if d_head is not None:
             d_normed[..., : d_head.shape[-1]] += d_head
         dx, d_x0, d_lambdas, normed = ops(x).mix_norm_backward(d_stream, d_normed, x, pending, x0, lambdas, rstd, d_x0)

@@ -392,7 +392,7 @@ def test_micro_batches_that_do_not_divide_are_refused() -> None:
 def test_a_recipe_that_excepts_what_is_not_there_is_refused() -> None:
     precision = fp8(parse_recipe("delayed:bf16=mlp.c_fc+attn.c_q"))
     layer = precision.at("mlp").mlp(32, 128)
-    with pytest.raises(ValueError, match=r"bf16=attn.c_q is no part of this model, whose GEMMs are mlp.c_fc, mlp.c_proj"):
+    with pytest.raises(ValueError, match=r"bf16=attn.c_q is no part of this model, whose layers are mlp.c_fc, mlp.c_proj"):
         precision.scaling(layer)
 
 
@@ -403,5 +403,5 @@ def test_what_runs_where_is_told() -> None:
         part.at("mlp").mlp(32, 128)
         part.at("c_proj").linear(32, 32)
     told = precision.describe()
-    assert told["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (5 of 9 GEMMs)" and told["FP8"] == "emulated in fp32"
+    assert told["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (15 of 27 GEMMs)" and told["FP8"] == "emulated in fp32"
     assert told["recipe"].startswith("delayed: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2")
