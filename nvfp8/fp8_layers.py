@@ -223,7 +223,9 @@ def _activate(normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: t
     """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before."""
     kernels = site.kernels(normed)
     if site.ready:
-        a, a_t = kernels.gemm_relu_squared(normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, site.amax)
+        a, a_t = kernels.gemm_relu_squared(
+            normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, fc.recipe.fprop.fast_accumulation, site.amax
+        )
         return Quantized(a, a_t, site.scale, site.inverse)
     h = fc.fprop(normed, fc.x.inverse, w, dtype)
     return measured(site, lambda scale, amax: kernels.relu_squared_quantize(h, scale, site.dtype, amax))
@@ -236,7 +238,7 @@ def _activate_backward(
     kernels = site.kernels(a_t)
     if site.ready:
         dh, dh_t = kernels.gemm_relu_squared_backward(
-            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, site.amax
+            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )
         return Quantized(dh, dh_t, site.scale, site.inverse)
     d_a = proj.dgrad(dy, w, dtype)

@@ -29,10 +29,7 @@ def to_fp8(value, DTYPE: tl.constexpr):
         else:
             code = _code(value, 2, 15, 57344.0, 0x7B)
         return code.to(tl.uint8).to(DTYPE, bitcast=True)
-    if tl.float8e4nv == DTYPE:
-        CAST: tl.constexpr = "cvt.rn.satfinite.e4m3x2.f32 "
-    else:
-        CAST: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32 "
+    CAST: tl.constexpr = "cvt.rn.satfinite." + ("e4m3x2" if tl.float8e4nv == DTYPE else "e5m2x2") + ".f32 "
     # Four numbers a block of assembly. Of Triton's own casts, two numbers each, ptxas 12.8 (Triton 3.6) makes one register of four
     # for a store; where the halves were used again, for a transpose, it then read the stack pointer instead.
     codes = tl.inline_asm_elementwise(
