@@ -18,6 +18,7 @@ from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
 from nvfp8.recipe import GEMMS, RECIPES, Recipe, covers
+from nvfp8.te import as_run
 
 Projection = Linear | te_layers.TELinear
 JoinedProjections = NormLinear | te_layers.TENormLinear | te_layers.SeparateNormLinear
@@ -187,7 +188,7 @@ class TEPrecision(Precision):
             "q, k, v": "te.LayerNormLinear, one GEMM" if fused else "te.Linear each",
             "attention output": "te.Linear",
             "MLP": "te.LayerNormMLP, srelu" if fused else "te.Linear each",
-            "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
+            "recipe": f"{self.recipe.name}: {as_run(self.recipe).describe()}",
             "head": "te.Linear, whole logits" if self.te_head else "bf16 operands in chunks",
             "gates": "bf16",
             "evaluation": "bf16 on FP8 weights" if self.weights == "fp8" else "bf16",

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -103,6 +104,11 @@ def unsupported(recipe: Recipe) -> str | None:
         if not offered:
             return str(why)
     return None
+
+
+def as_run(recipe: Recipe) -> Recipe:
+    """What Transformer Engine makes of a recipe: it promotes dgrad's sums whatever is asked (`delayed` offers no choice)."""
+    return replace(recipe, dgrad=replace(recipe.dgrad, fast_accumulation=False))
 
 
 def _kind(recipe: Recipe) -> str:

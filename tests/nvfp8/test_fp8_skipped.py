@@ -32,7 +32,10 @@ def filled(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("left", [*({gemm} for gemm in GEMMS), {"fprop", "dgrad"}, {"dgrad", "wgrad"}, {"fprop", "wgrad"}], ids=str)
+LEFT = [*({gemm} for gemm in GEMMS), {"fprop", "dgrad"}, {"dgrad", "wgrad"}, {"fprop", "wgrad"}]
+
+
+@pytest.mark.parametrize("left", LEFT, ids=lambda left: "+".join(sorted(left)))
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_what_is_left_in_bf16_is_bf16s_and_the_rest_fp8s(name: str, left: set[str]) -> None:
     def results(precision: Precision) -> list[dict[str, Tensor]]:
