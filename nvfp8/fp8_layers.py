@@ -48,27 +48,29 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection, *weights: Tensor) -> Tensor:
         left = projection.in_bf16
-        ctx.projection, ctx.w = projection, None if left >= {"fprop", "dgrad"} else projection.weight()
-        kept = weights if "dgrad" in left else ()
+        ctx.projection = projection
+        w = None if left >= {"fprop", "dgrad"} else projection.weight()
+        # Saved as tensors, not on ctx: an old graph somebody still holds must not keep an old step's copies.
+        kept = (*((None, None) if w is None else (w.t, w.inverse)), *(weights if "dgrad" in left else ()))
         if "fprop" in left:
             ctx.save_for_backward(x, None, None, *kept)
             return F.linear(x, stacked(weights, x.dtype))
         cast = quantize(x.flatten(0, -2), projection.x, columns=False)
-        assert cast.q is not None
+        assert cast.q is not None and w is not None
         ctx.save_for_backward(x, cast.scale, cast.inverse, *kept)
-        return projection.fprop(cast.q, cast.inverse, ctx.w, x.dtype).view(*x.shape[:-1], -1)
+        return projection.fprop(cast.q, cast.inverse, w, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, inverse, *weights = ctx.saved_tensors
+        x, scale, inverse, w_t, w_inverse, *weights = ctx.saved_tensors
         projection: Projection = ctx.projection
         dgrad, wgrad = (gemm not in projection.in_bf16 for gemm in ("dgrad", "wgrad"))  # in FP8?
         if not (dgrad and wgrad):
             d_out = d_out.contiguous()
         if dgrad or wgrad:
             dy = gradient(d_out, projection.dy, rows=dgrad, columns=wgrad)
-        dx = projection.dgrad(dy, ctx.w, x.dtype).view(x.shape) if dgrad else d_out @ stacked(weights, x.dtype)
+        dx = projection.dgrad(dy, w_t, w_inverse, x.dtype).view(x.shape) if dgrad else d_out @ stacked(weights, x.dtype)
         if not wgrad:
             dw = weight_gradient(d_out, x, projection.weights[0].dtype)
             return dx, None, *dw.split([len(weight) for weight in projection.weights])
@@ -128,14 +130,14 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, projection: Projection,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        ctx.projection, ctx.w, site = projection, projection.weight(), projection.x
+        ctx.projection, w, site = projection, projection.weight(), projection.x
         stream, normed, head, rstd = site.kernels(x).mix_norm_quantize(
             x, pending, x0, lambdas, width, site.scale, site.dtype, site.amax
         )
-        ctx.save_for_backward(stream, x0, lambdas, rstd)
+        ctx.save_for_backward(stream, x0, lambdas, rstd, w.t, w.inverse)
         ctx.pending, ctx.before = pending is not None, asked(pending)
         ctx.set_materialize_grads(False)
-        out = projection.fprop(normed, site.inverse, ctx.w, x.dtype)
+        out = projection.fprop(normed, site.inverse, w, x.dtype)
         return stream, x0, head, out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -143,13 +145,13 @@ class _NormLinear(torch.autograd.Function):
     def backward(
         ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        stream, x0, lambdas, rstd = ctx.saved_tensors
+        stream, x0, lambdas, rstd, w_t, w_inverse = ctx.saved_tensors
         projection: Projection = ctx.projection
         d_stream = torch.zeros_like(stream) if d_stream is None else d_stream.contiguous()
         if d_out is None:
             d_out = stream.new_zeros(*stream.shape[:-1], sum(len(weight) for weight in projection.weights))
         dy, site = gradient(d_out, projection.dy), projection.x
-        d_normed = projection.dgrad(dy, ctx.w, stream.dtype).view(stream.shape)
+        d_normed = projection.dgrad(dy, w_t, w_inverse, stream.dtype).view(stream.shape)
         # Where nobody asked for dx in FP8, as before the first block, its copies are written for nothing.
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
         dx, d_x0, d_lambdas, normed_t, q, t = site.kernels(stream).mix_norm_backward_quantize(
@@ -189,27 +191,27 @@ class _MLP(torch.autograd.Function):
     def forward(
         ctx: Any, stream: Tensor, branch: Tensor | None, fc: Projection, proj: Projection, w_fc: Tensor, w_proj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.fc, ctx.proj, ctx.w_fc, ctx.w_proj = fc, proj, fc.weight(), proj.weight()
+        ctx.fc, ctx.proj, w_fc_q, w_proj_q = fc, proj, fc.weight(), proj.weight()
         kernels, site = fc.x.kernels(stream), fc.x
         added = torch.zeros_like(stream) if branch is None else branch
         x, normed, rstd = kernels.add_norm_quantize(stream, added, site.scale, site.dtype, site.amax)
-        a = _activate(normed, fc, ctx.w_fc, proj.x, x.dtype)
+        a = _activate(normed, fc, w_fc_q, proj.x, x.dtype)
         assert a.q is not None
-        ctx.save_for_backward(x, rstd, a.t, a.scale, a.inverse)
+        ctx.save_for_backward(x, rstd, a.t, a.scale, a.inverse, w_fc_q.t, w_fc_q.inverse, w_proj_q.t, w_proj_q.inverse)
         ctx.branch, ctx.before = branch is not None, asked(branch)
-        return x, proj.fprop(a.q, a.inverse, ctx.w_proj, x.dtype).view(x.shape)
+        return x, proj.fprop(a.q, a.inverse, w_proj_q, x.dtype).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, a_t, a_scale, a_inverse = ctx.saved_tensors
+        x, rstd, a_t, a_scale, a_inverse, w_fc_t, w_fc_inverse, w_proj_t, w_proj_inverse = ctx.saved_tensors
         fc: Projection = ctx.fc
         proj: Projection = ctx.proj
         dy, site = gradient(d_out, proj.dy), fc.x
         d_w_proj = proj.wgrad(dy, a_t, a_inverse)
-        dh = _activate_backward(dy, proj, ctx.w_proj, a_t, a_scale, fc.dy, x.dtype)
+        dh = _activate_backward(dy, proj, w_proj_t, w_proj_inverse, a_t, a_scale, fc.dy, x.dtype)
         del dy  # 2 bytes a token and channel
-        d_normed = fc.dgrad(dh, ctx.w_fc, x.dtype).view(x.shape)
+        d_normed = fc.dgrad(dh, w_fc_t, w_fc_inverse, x.dtype).view(x.shape)
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
         dx, normed_t, q, t = site.kernels(x).norm_backward_quantize(
             d_normed, x, rstd, d_x.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax
@@ -232,16 +234,16 @@ def _activate(normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: t
 
 
 def _activate_backward(
-    dy: Quantized, proj: Projection, w: Quantized, a_t: Tensor, a_scale: Tensor, site: Site, dtype: torch.dtype
+    dy: Quantized, proj: Projection, w_t: Tensor, w_inverse: Tensor, a_t: Tensor, a_scale: Tensor, site: Site, dtype: torch.dtype
 ) -> Quantized:
     """Gradient before relu², (dy·W)·2√a, both ways; in the GEMM's epilogue where the scale is known before."""
     kernels = site.kernels(a_t)
     if site.ready:
         dh, dh_t = kernels.gemm_relu_squared_backward(
-            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
+            dy.q, w_t, dy.inverse * w_inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )
         return Quantized(dh, dh_t, site.scale, site.inverse)
-    d_a = proj.dgrad(dy, w, dtype)
+    d_a = proj.dgrad(dy, w_t, w_inverse, dtype)
     return measured(site, lambda scale, amax: kernels.relu_squared_backward_quantize(d_a, a_t, a_scale, scale, site.dtype, amax))
 
 

@@ -176,10 +176,10 @@ class Projection:
         assert w.q is not None
         return self._matmul(x, w.q, inverse, w.inverse, dtype, self.recipe.fprop.fast_accumulation)
 
-    def dgrad(self, dy: Quantized, w: Quantized, dtype: torch.dtype) -> Tensor:
-        """Gradient of the input, dy (M, N) · W -> (M, K)."""
-        assert dy.q is not None and w.t is not None
-        return self._matmul(dy.q, w.t, dy.inverse, w.inverse, dtype, self.recipe.dgrad.fast_accumulation)
+    def dgrad(self, dy: Quantized, w_t: Tensor, w_inverse: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gradient of the input, dy (M, N) · W -> (M, K), from Wᵀ (K, N)."""
+        assert dy.q is not None
+        return self._matmul(dy.q, w_t, dy.inverse, w_inverse, dtype, self.recipe.dgrad.fast_accumulation)
 
     def wgrad(self, dy: Quantized, x_t: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the weights, dyᵀ · x in their dtype, from xᵀ (K, M)."""

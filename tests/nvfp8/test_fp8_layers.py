@@ -1,6 +1,7 @@
 """FP8 layers of our own against fp64; what travels between them in FP8; what they keep; when they cast."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -283,11 +284,26 @@ def test_a_block_keeps_sixteen_bytes_a_token_and_channel() -> None:
         q, k, v = project_heads(qkv, cos, cos, (4, 4), None, None, None)
         out = causal_attention(q, k, v, TOKENS, backend)
         made["mlp"](Pending(stream, made["c_proj"](out.flatten(2))), settle=False)
-    for t in (*stream_in, lambdas, cos, *made.parameters()):  # there in any case
+    copies = [t for module in made.modules() for part in getattr(module, "projections", ()) for t in part.weight() if t is not None]
+    for t in (*stream_in, lambdas, cos, *made.parameters(), *copies):  # there in any case
         kept.pop(t.untyped_storage().data_ptr(), None)
     unit = TOKENS * WIDTH
     statistics = 4 * TOKENS * (2 + 2 * 4 + 4)  # 1/rms of two norms and of q and k in 4 heads each, log-sum-exp
     assert 16 * unit <= sum(kept.values()) <= 16 * unit + statistics + 4096, sum(kept.values()) / unit
+
+
+def test_a_graph_that_somebody_holds_lets_the_steps_copies_of_weights_go() -> None:
+    precision = fp8(RECIPES["delayed"], emulated=True)
+    made, _ = made_of(precision)
+    with precision.autocast(1 / TOKENS):
+        out = run(made, inputs(DEVICE, torch.bfloat16))
+    out.backward()
+    old = [weakref.ref(t) for module in made.modules() for part in getattr(module, "projections", ()) for t in part.weight()[:2]]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(0.5)
+    step(precision, made, inputs(DEVICE, torch.bfloat16))
+    assert out.grad_fn is not None and old and all(held() is None for held in old)
 
 
 def test_weights_are_cast_once_a_step(casts: list[Any]) -> None:
