@@ -101,9 +101,9 @@ def test_what_tensor_cores_do_not_multiply_is_refused() -> None:
 def test_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def counted(x: Tensor, operand: Operand) -> FineFP8:
+    def counted(x: Tensor, operand: Operand, emulated: bool) -> FineFP8:
         seen.append(tuple(x.shape))
-        return cast(x, operand)
+        return cast(x, operand, emulated)
 
     monkeypatch.setattr(fp8_fine_layers, "cast", counted)
     precision = fp8(RECIPES["rowwise"], emulated=True)
