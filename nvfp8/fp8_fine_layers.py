@@ -59,12 +59,16 @@ def product(a: FineFP8, b: FineFP8, out_dtype: torch.dtype, fast: bool, emulated
     """The product a (M, K) · b (N, K)ᵀ -> (M, N).
 
     Raises:
-        ValueError: E5M2 times E5M2, or an operand that is not contiguous along K, refused on every device.
+        ValueError: E5M2 times E5M2, an operand that is not contiguous along K, or a width that cuBLAS would read other scales for;
+            refused on every device.
     """
     if a.data.dtype == b.data.dtype == torch.float8_e5m2:
         raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer")
     if not (a.data.is_contiguous() and b.data.is_contiguous()):
         raise ValueError("both operands must be contiguous along the summed axis")
+    # cuBLAS takes rows of such scales padded to fours; PyTorch hands on what it is given and, in 2.11, no padding.
+    if any(len(x.inverse) < len(x.data) and x.inverse.shape[1] % 4 for x in (a, b)):
+        raise ValueError(f"scales of 128×128 elements come in fours: {a.data.shape[1]} summed must be a multiple of 512")
     if a.data.is_cuda and not emulated:
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a=a.inverse, scale_b=b.inverse.t(), out_dtype=out_dtype, use_fast_accum=fast
