@@ -85,6 +85,8 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
 
     for which, rows, columns in (("both", True, True), ("rows", True, False), ("columns", False, True)):
         yield Case(f"quantize, {which}", (flat,), partial(kernels.quantize, flat, scale, E5M2, amax, rows=rows, columns=columns))
+    for which, runs in (("a row", flat), ("128", flat.view(-1, 128)), ("a column", flat.t().contiguous())):
+        yield Case(f"quantize_rows, {which}", (runs,), partial(kernels.quantize_rows, runs, E5M2))
     yield Case("amax_", (flat,), lambda: kernels.amax_(flat, amax))
     yield Case(
         "mix_norm_quantize", (x, branch, x0),

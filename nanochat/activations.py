@@ -216,8 +216,8 @@ def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
 def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; what is left in bf16 is not counted.
 
-    With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. Scales by row
-    or block are cast in plain PyTorch, with three fp32 copies of what is cast. Not measured yet.
+    With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. With
+    scales by row or block one layout is cast after the other; emulated by way of three fp32 copies. Not measured yet.
     """
     scaling, x, one = precision.recipe.fprop.left.scaling, batch.x, fp8_bytes(precision.recipe)
     small = x * one / batch.itemsize
@@ -228,7 +228,8 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     if scaling not in ("delayed", "current"):
         fine = {"x̂ and attention's output in FP8": 2 * small}, {"the MLP's x̂ in FP8": small, "relu²": 4 * x}
         working: Bytes = {"gradients of the stream and of the middle": 2 * x, "MLP: gradient of the hidden layer": 4 * x}
-        return Block(attention | fine[0], mlp | fine[1], (working | {"MLP: three fp32 copies of it, to be cast": 3 * 8 * x},))
+        copies = {"MLP: three fp32 copies of it": 24 * x} if precision.emulated else {"MLP: its transpose": 4 * x}
+        return Block(attention | fine[0], mlp | fine[1], (working | copies | {"MLP: its transpose in FP8": 4 * small},))
     return Block(
         attention,
         mlp,

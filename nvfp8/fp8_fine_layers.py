@@ -4,7 +4,7 @@ A GEMM can take scales that differ along what it does not sum over, and cuBLAS o
 the sum (arXiv 2412.19437). An outlier then costs its own row or block only. The price: every layout of a tensor has scales of its
 own, x by row for fprop and xᵀ by row for wgrad, each measured before it is cast. So no kernel here casts what it computes, no
 history helps, and gradients are cast by the layer that reads them. Nothing is fused but norm, mix and relu²: these recipes are
-for comparing what a model learns, not for speed. Casts are plain PyTorch on every device.
+for comparing what a model learns, not for speed.
 
 Kept for backward: xᵀ in FP8 of each projection (x where its wgrad is left in bf16), the norms' inputs, relu(h)² in bf16.
 What is not finite becomes NaN (its scale is 0), in the loss or a gradient, where a run looks.
@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvfp8 import scaling
+from nvfp8 import reference, scaling
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
 from nvfp8.matmul import weight_gradient
 from nvfp8.ops import ops
 from nvfp8.recipe import GEMMS, Operand, Recipe
-from nvfp8.rounding import FORMATS
 
 BLOCK = 128
 
@@ -39,18 +38,14 @@ class FineFP8(NamedTuple):
     inverse: Tensor
 
 
-def cast(x: Tensor, operand: Operand) -> FineFP8:
+def cast(x: Tensor, operand: Operand, emulated: bool = False) -> FineFP8:
     """Quantize x (R, K), of any strides, with scales measured along K, as `operand` says; blocks want multiples of 128."""
-    dtype = scaling.DTYPES[operand.format]
-    x = x.contiguous()  # elementwise results keep the strides of a transpose, which a GEMM summed over K does not take
     rows, columns = {"row": (1, x.shape[1]), "block1x128": (1, BLOCK), "block128x128": (BLOCK, BLOCK)}[operand.scaling]
-    blocks = x.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # (R/rows, rows, K/columns, columns)
-    amax = blocks.abs().amax((1, 3), keepdim=True)
-    scale = scaling.scale_of(amax, FORMATS[dtype][2], torch.ones_like(amax))
-    scale = torch.where(amax.isfinite(), scale, torch.nan)
-    largest = FORMATS[dtype][2]
-    data = (blocks * scale).clamp(-largest, largest).to(dtype).view(x.shape)
-    inverse = scale.reciprocal()[:, 0, :, 0]
+    # (R/rows, K/columns, rows, columns): what shares a scale lies side by side, then, and becomes a row.
+    blocks = x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
+    quantize_rows = (reference if emulated else ops(x)).quantize_rows
+    data, inverse = quantize_rows(blocks.reshape(-1, rows * columns), scaling.DTYPES[operand.format])
+    data, inverse = data.view(blocks.shape).transpose(1, 2).reshape(x.shape), inverse.view(blocks.shape[:2])
     # One scale a row and 128 columns lies with rows contiguous, the others as they are.
     return FineFP8(data, inverse.t().contiguous().t() if operand.scaling == "block1x128" else inverse)
 
@@ -64,12 +59,16 @@ def product(a: FineFP8, b: FineFP8, out_dtype: torch.dtype, fast: bool, emulated
     """The product a (M, K) · b (N, K)ᵀ -> (M, N).
 
     Raises:
-        ValueError: E5M2 times E5M2, or an operand that is not contiguous along K, refused on every device.
+        ValueError: E5M2 times E5M2, an operand that is not contiguous along K, or a width that cuBLAS would read other scales for;
+            refused on every device.
     """
     if a.data.dtype == b.data.dtype == torch.float8_e5m2:
         raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer")
     if not (a.data.is_contiguous() and b.data.is_contiguous()):
         raise ValueError("both operands must be contiguous along the summed axis")
+    # cuBLAS takes rows of such scales padded to fours; PyTorch hands on what it is given and, in 2.11, no padding.
+    if any(len(x.inverse) < len(x.data) and x.inverse.shape[1] % 4 for x in (a, b)):
+        raise ValueError(f"scales of 128×128 elements come in fours: {a.data.shape[1]} summed must be a multiple of 512")
     if a.data.is_cuda and not emulated:
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a=a.inverse, scale_b=b.inverse.t(), out_dtype=out_dtype, use_fast_accum=fast
@@ -82,11 +81,11 @@ class _FineLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: "FineProjection", *weights: Tensor) -> Tensor:
         recipe, flat, left = layer.recipe, x.flatten(0, -2), layer.in_bf16
         ctx.layer, (w, ctx.w_t) = layer, layer.copies()
-        kept = (flat, None) if "wgrad" in left else cast(flat.t(), recipe.wgrad.right)
+        kept = (flat, None) if "wgrad" in left else cast(flat.t(), recipe.wgrad.right, layer.emulated)
         ctx.save_for_backward(*kept, *(weights if "dgrad" in left else ()))
         if w is None:
             return F.linear(x, stacked(weights, x.dtype))
-        out = product(cast(flat, recipe.fprop.left), w, x.dtype, recipe.fprop.fast_accumulation, layer.emulated)
+        out = product(cast(flat, recipe.fprop.left, layer.emulated), w, x.dtype, recipe.fprop.fast_accumulation, layer.emulated)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -99,12 +98,14 @@ class _FineLinear(torch.autograd.Function):
         if ctx.w_t is None:
             dx = flat @ stacked(weights, d_out.dtype)
         else:
-            dx = product(cast(flat, dgrad.left), ctx.w_t, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
+            dx = product(cast(flat, dgrad.left, layer.emulated), ctx.w_t, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
         dtype = layer.layers[0].weight.dtype
         if inverse is None:
             dw = weight_gradient(flat, x, dtype)
         else:
-            dw = product(cast(flat.t(), wgrad.left), FineFP8(x, inverse), dtype, wgrad.fast_accumulation, layer.emulated)
+            dw = product(
+                cast(flat.t(), wgrad.left, layer.emulated), FineFP8(x, inverse), dtype, wgrad.fast_accumulation, layer.emulated
+            )
         return dx.view(*d_out.shape[:-1], -1), None, *dw.split([len(part.weight) for part in layer.layers])
 
 
@@ -124,8 +125,8 @@ class FineProjection:
         if self._copies is None or cast_from != self._cast_from:
             w = torch.cat([part.weight.detach() for part in self.layers])
             self._copies = (
-                None if "fprop" in self.in_bf16 else cast(w, self.recipe.fprop.right),
-                None if "dgrad" in self.in_bf16 else cast(w.t(), self.recipe.dgrad.right),
+                None if "fprop" in self.in_bf16 else cast(w, self.recipe.fprop.right, self.emulated),
+                None if "dgrad" in self.in_bf16 else cast(w.t(), self.recipe.dgrad.right, self.emulated),
             )
             self._cast_from = cast_from
         return self._copies

@@ -297,7 +297,7 @@ class FP8Precision(Precision):
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
             "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix",
         }
-        apart = {part: "FP8 GEMM, casts in plain PyTorch, each by itself" for part in fused}
+        apart = {part: "FP8 GEMM, each operand cast by itself" for part in fused}
         count = f"{sum(map(len, excepted))} of {len(GEMMS) * len(self.made)} GEMMs"
         count += f"; {mixed} layers with some of theirs in FP8 are not fused" if mixed else ""
         kept = f"{', '.join(self.recipe.bf16)} ({count})" if self.recipe.bf16 else "none"

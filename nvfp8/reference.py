@@ -20,6 +20,7 @@ from nvfp8.reference_fp8 import mix_norm_backward_quantize as mix_norm_backward_
 from nvfp8.reference_fp8 import mix_norm_quantize as mix_norm_quantize
 from nvfp8.reference_fp8 import norm_backward_quantize as norm_backward_quantize
 from nvfp8.reference_fp8 import quantize as quantize
+from nvfp8.reference_fp8 import quantize_rows as quantize_rows
 from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_backward_quantize
 from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS

@@ -53,6 +53,25 @@ def quantize(
     return codes if rows else None, codes.t().contiguous() if columns else None
 
 
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix to FP8 with a scale for every row, measured: what brings its largest magnitude to the format's.
+
+    Args:
+        x: (R, K) bf16 or fp32, neither 0.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+
+    Returns:
+        q (R, K), and 1 / scale (R,) fp32: 1 for a row of zeros; NaN, in q too, for one that is not finite.
+    """
+    wide = x.float()
+    amax = wide.abs().amax(1, keepdim=True)
+    # A number over a tensor PyTorch computes as its multiple of a reciprocal, rounded twice. At most 2^126, whose reciprocal is no
+    # denormal number.
+    scale = torch.where(amax > 0, (torch.full_like(amax, FORMATS[dtype][2]) / amax).clamp(max=2.0**126), 1.0)
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    return _codes(wide, scale, dtype).contiguous(), scale.reciprocal()[:, 0]
+
+
 def _codes(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     largest = FORMATS[dtype][2]
     return (x * scale).clamp(-largest, largest).to(dtype)

@@ -22,6 +22,7 @@ from nvfp8.kernels.norm_fp8 import (
     norm_backward_quantize,
 )
 from nvfp8.kernels.quantize_fp8 import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
+from nvfp8.kernels.quantize_rows_fp8 import quantize_rows
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
 from nvfp8.kernels.symmetric import symmetric_product_
 
@@ -47,6 +48,7 @@ __all__ = [
     "norm_backward_quantize",
     "norm_forward",
     "quantize",
+    "quantize_rows",
     "relu_squared_",
     "relu_squared_backward_",
     "relu_squared_backward_quantize",

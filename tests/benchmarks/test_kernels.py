@@ -20,6 +20,9 @@ ELEMENT = {
     "quantize, both": 2 + 2,
     "quantize, rows": 2 + 1,
     "quantize, columns": 2 + 1,
+    "quantize_rows, a row": 2 + 1,
+    "quantize_rows, 128": 2 + 1,
+    "quantize_rows, a column": 2 + 1,
     "amax_": 2,
     "mix_norm_quantize": 6 + 3,
     "add_norm_quantize": 4 + 3,
@@ -45,7 +48,7 @@ def counted() -> dict[str, tuple[Case, int]]:
 def test_bytes_are_those_of_the_tensors(name: str, counted: dict[str, tuple[Case, int]]) -> None:
     m, d = 64, 256
     case, must = counted[name]
-    # What is not the stream's size: 1/rms of a token or a head, gates, ids, λ, a weight.
+    # What is not the stream's size: 1/rms of a token or a head, gates, ids, λ, a weight, scales.
     heads = d // HEAD
     small = {
         "norm": 4 * m,
@@ -53,6 +56,7 @@ def test_bytes_are_those_of_the_tensors(name: str, counted: dict[str, tuple[Case
         "heads": m * (4 * 2 * heads + 2 * 2 * heads + 8),
         "gemm": 4 * d * d,
         "add": 4 * m,
+        "quantize": 4 * max(m, d, m * d // 128),
     }
     assert 0 <= must - ELEMENT[name] * m * d <= small.get(name.split("_")[0], 0)
     assert case.again in (0, 4 * m * d, 4 * m * d + 2 * m * GATE)

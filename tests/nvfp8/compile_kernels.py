@@ -121,6 +121,8 @@ def compile_fp8(kernels: Any) -> None:
         for rows, columns in ((True, True), (True, False), (False, True)):
             kernels.quantize(flat, one, dtype, amax, rows=rows, columns=columns)
         kernels.quantize(flat.float(), one, dtype, amax, rows=True, columns=True)
+        for run in (flat, x.view(-1, 128), x.float().view(1, -1)):
+            kernels.quantize_rows(run, dtype)
         kernels.amax_(x, one), kernels.amax_(x.float(), one)
         kernels.relu_squared_quantize(flat, one, dtype, amax)
         a_t = torch.zeros(width, 128, dtype=e4m3)

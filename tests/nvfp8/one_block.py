@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,13 @@ def least_db(name: str) -> float:
     forward, backward = RECIPES[name].fprop.left.format, RECIPES[name].dgrad.left.format
     noise = 11 * 10 ** (-_ROUNDING_DB[forward] / 10) + 5 * 10 ** (-_ROUNDING_DB[backward] / 10)
     return -10 * math.log10(noise)
+
+
+def widened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a recipe with blocks of weights a block as wide as they want it."""
+    if RECIPES[name].fprop.right.scaling == "block128x128":
+        monkeypatch.setattr(f"{__name__}.WIDTH", 512)
+        monkeypatch.setattr(f"{__name__}.HIDDEN", 2048)
 
 
 def block(precision: Precision, device: str = "cpu", table: bool = False) -> nn.ModuleDict:

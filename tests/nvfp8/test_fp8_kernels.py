@@ -6,6 +6,7 @@ multiply-add, moves a value over the border between two codes now and then.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,35 @@ def test_quantize(shape: tuple[int, int], rows: bool, columns: bool, dtype: torc
         if mine is not None and theirs is not None:
             assert_codes(mine, theirs, exactly=True)
     assert amax == twin_amax == x.abs().max()
+
+
+# One row and many, short ones that share a program, one that is walked in pieces, and sizes that divide nothing.
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (131, 128), (3, 1536), (2, 9001)])
+def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, stream: torch.dtype) -> None:
+    x = (random(*shape, seed=1) * torch.logspace(-30, 30, shape[0], device=DEVICE)[:, None]).to(stream)
+    x[-1, -1], x[0] = -3.0 * x[-1].abs().max(), 0.0 if shape[0] > 1 else 1e-40  # … and one whose scale is the largest there is
+    (ours, inverse), (twin, twin_inverse) = (module.quantize_rows(x, dtype) for module in (kernels, reference))
+    assert_codes(ours, twin, exactly=True)
+    assert torch.equal(inverse, twin_inverse)
+    exact = x.double()
+    amax = exact.abs().amax(1)
+    largest = FORMATS[dtype][2]
+    expected = torch.where(amax > 0, amax / largest, 1.0).clamp(min=2.0**-126)
+    torch.testing.assert_close(inverse.double(), expected, rtol=1e-6, atol=0)
+    # Half a unit in the last place of the format, but of numbers below its smallest normal one.
+    smallest, mantissa, _ = FORMATS[dtype]
+    step = torch.maximum(exact.abs(), expected[:, None] * 2.0**smallest) * 2.0 ** -(mantissa + 1)
+    assert bool(((ours.double() * inverse.double()[:, None] - exact).abs() <= step * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("module", [kernels, reference], ids=["kernel", "twin"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_nan_and_no_other(bad: float, module: Any, stream: torch.dtype) -> None:
+    x = random(5, 130, dtype=stream, seed=1)
+    x[3, 7] = bad
+    q, inverse = module.quantize_rows(x, E4M3)
+    expected = torch.tensor([False, False, False, True, False], device=DEVICE)
+    assert torch.equal(q.float().isnan(), expected[:, None].expand(5, 130)) and torch.equal(inverse.isnan(), expected)
 
 
 @pytest.mark.parametrize("module", [kernels, reference], ids=["kernel", "twin"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from one_block import TOKENS, block, decibels, gradients, inputs, least_db, run_attention, truth
+from one_block import TOKENS, block, decibels, gradients, inputs, least_db, run_attention, truth, widened
 from torch import Tensor, nn
 
 from nvfp8.fp8_layers import FP8Linear
@@ -40,10 +40,10 @@ LEFT = [*({gemm} for gemm in GEMMS), {"fprop", "dgrad"}, {"dgrad", "wgrad"}, {"f
 def test_what_is_left_in_bf16_is_bf16s_and_the_rest_fp8s(name: str, left: set[str]) -> None:
     def results(precision: Precision) -> list[dict[str, Tensor]]:
         """Of two steps, the second of which knows scales: y, dx and dW by the GEMM that made them."""
-        layer = filled(precision.at("a").linear(128, 256))
+        layer = filled(precision.at("a").linear(512, 1024))
         scaling, steps = precision.scaling(layer), []
         for step in range(2):
-            x, dy = tensor(2, 64, 128, seed=10 + step).requires_grad_(), tensor(2, 64, 256, seed=20 + step)
+            x, dy = tensor(2, 64, 512, seed=10 + step).requires_grad_(), tensor(2, 64, 1024, seed=20 + step)
             layer.weight.grad = None
             with precision.autocast(1.0):
                 y = layer(x)
@@ -102,9 +102,9 @@ def norm(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_joined_projections(name: str, gemm: str) -> None:
     precision = fp8(parse_recipe(f"{name}:bf16=qkv:{gemm}"), emulated=True).at("qkv")
-    parts = filled(nn.ModuleList([precision.linear(128, rows) for rows in (128, 64, 64)]))
+    parts = filled(nn.ModuleList([precision.linear(512, rows) for rows in (512, 256, 256)]))
     layer = precision.norm_linear(*parts)
-    x, x0 = (tensor(2, 64, 128, seed=seed).requires_grad_() for seed in (10, 11))
+    x, x0 = (tensor(2, 64, 512, seed=seed).requires_grad_() for seed in (10, 11))
     lambdas = torch.tensor([1.125, 0.1875], device=DEVICE)
 
     def exact(x: Tensor, *weights: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def test_joined_projections(name: str, gemm: str) -> None:
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_mlp(name: str, left: str, expected: list[bool]) -> None:
     precision = fp8(parse_recipe(f"{name}:bf16={left}"), emulated=True)
-    layer = filled(precision.at("mlp").mlp(128, 512))
-    x = tensor(2, 64, 128, seed=10).requires_grad_()
+    layer = filled(precision.at("mlp").mlp(512, 2048))
+    x = tensor(2, 64, 512, seed=10).requires_grad_()
 
     def ours(x: Tensor) -> Tensor:
         out: Tensor = layer(x, settle=False).branch
@@ -146,8 +146,11 @@ def test_mlp(name: str, left: str, expected: list[bool]) -> None:
 )
 @pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_in_a_block_gradients_arrive_in_bf16_where_bf16_reads_them(name: str, gemm: str, emulated: bool) -> None:
+def test_in_a_block_gradients_arrive_in_bf16_where_bf16_reads_them(
+    name: str, gemm: str, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """d(q, k, v) exists in FP8 only where FP8 alone reads it: what is handed on in its place is NaN."""
+    widened(name, monkeypatch)
     _, exact = truth(run_attention)
     precision = fp8(parse_recipe(f"{name}:bf16=*:{gemm}"), emulated=emulated)
     made, given = block(precision, DEVICE, table=True), inputs(DEVICE, torch.bfloat16)
