@@ -125,7 +125,7 @@ def _adamw(
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least)
         counted = counted * tl.load(factors + 6)
-    step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
+    step = tl.load(factors + 2) * (m * rounding.reciprocal(counted + tl.load(factors + 4)))
     _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, ALIGNED, BLOCK)
     _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, ALIGNED, BLOCK)
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from nvfp8 import rounding
+from nvfp8.kernels.fp8 import INTERPRETED
 
 BLOCK = tl.constexpr(rounding.BLOCK)
 # What kernels must know of a format: bits of mantissa, smallest normal number, smallest number, scale of a block whose amax is 1.
@@ -36,24 +37,34 @@ def three(bits):
 
 
 @triton.jit
-def to_grid(value, bits, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SQUARED: tl.constexpr):
-    """The FP8 numbers that fp32 `value` is rounded to, stochastically."""
-    CUT: tl.constexpr = 23 - MANTISSA
-    magnitude = tl.abs(value)
-    shift = tl.where(magnitude < NORMAL, NORMAL, 0.0)
-    whole = (magnitude + shift).to(tl.int32, bitcast=True)
+def to_grid(value, bits, FORMAT: tl.constexpr, SQUARED: tl.constexpr):
+    """The FP8 numbers that fp32 `value` is rounded to, stochastically.
+
+    Times 2^-120 (E5M2: 2^-112) the format's smallest normal number is fp32's: what is denormal there is denormal here, with steps
+    that no longer shrink, so cutting off bits takes one way. The sign stands above all that is added, and stays.
+    """
+    CUT: tl.constexpr = 23 - FORMAT[0]
+    TINY: tl.constexpr = 2.0**-126 / FORMAT[1]
+    if SQUARED:  # what is not 0 is at least the smallest number; those from kernels are at least 2^-63 over their scale
+        value = tl.maximum(value, tl.minimum(value * 1.2676506002282294e30, FORMAT[2]))
+    whole = (value * TINY).to(tl.int32, bitcast=True)
     if SQUARED:
-        lower = ((whole >> CUT) << CUT).to(tl.float32, bitcast=True) - shift
-        step = ((whole & 0x7F800000) - (MANTISSA << 23)).to(tl.float32, bitcast=True)
+        cut = (whole >> CUT) << CUT
+        lower = cut.to(tl.float32, bitcast=True) * (1 / TINY)
+        upper = (cut + (1 << CUT)).to(tl.float32, bitcast=True) * (1 / TINY)
         noise = bits.to(tl.float32) * 2.3283064365386963e-10
-        up = (noise * (step * (2 * lower + step)) < value * value - lower * lower) | ((lower == 0) & (value > 0))
-        rounded = tl.where(up, lower + step, lower)
-    else:
-        whole += (bits >> (32 - CUT)).to(tl.int32)
-        rounded = ((whole >> CUT) << CUT).to(tl.float32, bitcast=True) - shift
-        sign = (value.to(tl.int32, bitcast=True) >> 31) << 31
-        rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return rounded
+        square = lower * lower
+        return tl.where(noise * (upper * upper - square) < value * value - square, upper, lower)
+    whole += (bits >> (32 - CUT)).to(tl.int32)
+    return ((whole >> CUT) << CUT).to(tl.float32, bitcast=True) * (1 / TINY)
+
+
+@triton.jit
+def reciprocal(value):
+    """1/value, off by 1 unit in the last place; of denormal numbers inf, of those above 2^126 0."""
+    if INTERPRETED:
+        return 1.0 / value
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -72,10 +83,10 @@ def encode(value, bits, ROWS: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.const
     magnitudes = tl.reshape(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (ROWS, BLOCK))
     scale = tl.max(magnitudes, 1).to(tl.float32, bitcast=True) * FORMAT[3]
     normal = scale > 1.1754943508222875e-38
-    inverse = tl.where(normal, 1.0 / scale, 0.0)
+    inverse = tl.where(normal, reciprocal(scale), 0.0)
     scale = tl.where(normal, scale, tl.where(scale < float("inf"), 0.0, scale))
     scaled = tl.reshape(tl.reshape(value, (ROWS, BLOCK)) * inverse[:, None], (ROWS * BLOCK,))
-    return to_grid(scaled, bits, FORMAT[0], FORMAT[1], ROOT), scale
+    return to_grid(scaled, bits, FORMAT, ROOT), scale
 
 
 @triton.jit
@@ -95,11 +106,11 @@ def split(value, bits, EXTRA: tl.constexpr):
     CUT: tl.constexpr = 16 - EXTRA
     if CUT > 0:
         whole += bits >> (32 - CUT)
-    whole = whole >> CUT
     top = whole
     if EXTRA > 0:
-        top = (whole + ((1 << EXTRA) >> 1)) >> EXTRA
-    return (top & 0xFFFF).to(tl.int32), (whole - (top << EXTRA)).to(tl.int32, bitcast=True)
+        top += 0x8000
+    # Modulo 2^EXTRA the remainder is what stands below the upper half: a signed number of so many bits is just those bits.
+    return (top >> 16).to(tl.int32), (whole >> CUT).to(tl.int32, bitcast=True)
 
 
 @triton.jit
