@@ -1,8 +1,12 @@
 """`nvfp8/rounding.py` inside kernels: the same functions on registers.
 
 Integers and single operations come out bit for bit. Roots and quotients do not: a GPU's cheap ones are off by up to 2 units in
-fp32's last place, a scale's reciprocal too, and a value that close to the border of two codes may be stored as the other. Exact
-ones would make AdamW's kernel in E4M3 128 instructions an element long instead of 97 (sm_90).
+fp32's last place (a quotient is a reciprocal, off by 1, and a product, off by half a unit), a scale's reciprocal too, and a value
+that close to the border of two codes may be stored as the other.
+
+What each piece costs is counted in the compiler's output, for where FP8 is read and written instructions bound a kernel as soon
+as memory: AdamW's in E4M3 beside bf16+8 weights is 72 of them an element long (sm_90). With PyTorch's exact roots and quotients, a
+hash an element and a case of its own for small numbers it was 128.
 """
 
 import triton
@@ -12,6 +16,7 @@ from nvfp8 import rounding
 from nvfp8.kernels.fp8 import INTERPRETED
 
 BLOCK = tl.constexpr(rounding.BLOCK)
+OTHERS = tl.constexpr(rounding.OTHERS)
 # What kernels must know of a format: bits of mantissa, smallest normal number, smallest number, scale of a block whose amax is 1.
 FORMATS = {
     dtype: (mantissa, 2.0**smallest, 2.0 ** (smallest - mantissa), (1 + rounding.HEADROOM) / largest)
@@ -31,9 +36,20 @@ def random_bits(index, key):
 
 
 @triton.jit
+def draw(first, key, COUNT: tl.constexpr):
+    """32 random bits (uint32) for each of COUNT elements from `first` on, a multiple of 4: a hash serves four neighbours."""
+    bits = random_bits(first // 4 + tl.arange(0, COUNT // 4), key)
+    second, third, fourth = bits * OTHERS[0], bits * OTHERS[1], bits * OTHERS[2]
+    second ^= second >> 15
+    third ^= third >> 15
+    fourth ^= fourth >> 15
+    return tl.reshape(tl.join(tl.join(bits, third), tl.join(second, fourth)), (COUNT,))
+
+
+@triton.jit
 def three(bits):
-    """Of one draw (uint32) three, each with 16 random bits on top."""
-    return bits, bits << 16, bits * 0x9E3779B1
+    """Of one draw (uint32) three, each with 16 random bits on top: a shift and an addition of the first are one instruction."""
+    return bits, bits * 0x9E3779B1, bits << 16
 
 
 @triton.jit
@@ -80,8 +96,10 @@ def encode(value, bits, ROWS: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.const
 
     With ROOT, `value` holds the roots already. Magnitudes are compared as integers, among which NaN is the largest: scales show it.
     """
-    magnitudes = tl.reshape(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (ROWS, BLOCK))
-    scale = tl.max(magnitudes, 1).to(tl.float32, bitcast=True) * FORMAT[3]
+    magnitudes = value.to(tl.int32, bitcast=True)
+    if not ROOT:
+        magnitudes &= 0x7FFFFFFF
+    scale = tl.max(tl.reshape(magnitudes, (ROWS, BLOCK)), 1).to(tl.float32, bitcast=True) * FORMAT[3]
     normal = scale > 1.1754943508222875e-38
     inverse = tl.where(normal, reciprocal(scale), 0.0)
     scale = tl.where(normal, scale, tl.where(scale < float("inf"), 0.0, scale))
@@ -102,7 +120,8 @@ def decode(stored, scale, ROWS: tl.constexpr, ROOT: tl.constexpr):
 @triton.jit
 def split(value, bits, EXTRA: tl.constexpr):
     """fp32 -> the bits of the nearest bf16 (int32, low half) and a signed remainder of EXTRA bits (0, 8 or 16)."""
-    whole = tl.where(value == value, value.to(tl.uint32, bitcast=True), 0x7FC00000)
+    # A GPU's NaN is 0x7FFFFFFF, which would be carried up to -0; below it as integers stands every other number.
+    whole = tl.minimum(value.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.uint32, bitcast=True)
     CUT: tl.constexpr = 16 - EXTRA
     if CUT > 0:
         whole += bits >> (32 - CUT)
