@@ -61,8 +61,8 @@ def to_grid(value, bits, FORMAT: tl.constexpr, SQUARED: tl.constexpr):
     """
     CUT: tl.constexpr = 23 - FORMAT[0]
     TINY: tl.constexpr = 2.0**-126 / FORMAT[1]
-    if SQUARED:  # what is not 0 is at least the smallest number; those from kernels are at least 2^-63 over their scale
-        value = tl.maximum(value, tl.minimum(value * 1.2676506002282294e30, FORMAT[2]))
+    if SQUARED:  # what is not 0 is at least the smallest number: roots are 2^-63 or more (`square_root`), scales below 2^56
+        value = tl.maximum(value, tl.minimum(value * 8.507059173023462e37, FORMAT[2]))  # 2^126
     whole = (value * TINY).to(tl.int32, bitcast=True)
     if SQUARED:
         cut = (whole >> CUT) << CUT
