@@ -6,7 +6,7 @@ that close to the border of two codes may be stored as the other.
 
 What each piece costs is counted in the compiler's output, for where FP8 is read and written instructions bound a kernel as soon
 as memory: AdamW's in E4M3 beside bf16+8 weights is 72 of them an element long (sm_90). With PyTorch's exact roots and quotients, a
-hash an element and a case of its own for small numbers it was 128.
+hash an element and a case of its own for small numbers it would be 128.
 """
 
 import triton
