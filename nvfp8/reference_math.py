@@ -7,7 +7,7 @@ Letters as in `nvfp8/reference.py`.
 import torch
 from torch import Tensor
 
-from nvfp8.rounding import random_bits, split
+from nvfp8.rounding import draw, split
 
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23
@@ -84,7 +84,4 @@ def add(stream: Tensor, branch: Tensor) -> Tensor:
         (..., D) in the stream's dtype.
     """
     total = wide(stream) + wide(branch)
-    if stream.dtype != torch.bfloat16:
-        return total.to(stream.dtype)
-    place = torch.arange(total.numel(), device=total.device).view(total.shape)
-    return split(total, None, random_bits(place, 0))[0]
+    return split(total, None, draw(total, 0))[0] if stream.dtype == torch.bfloat16 else total.to(stream.dtype)
