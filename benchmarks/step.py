@@ -7,6 +7,9 @@
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps, compilation included, imports and model initialization not. Medians.
+
+`losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
+rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
 """
 
 import argparse
@@ -67,20 +70,21 @@ def main() -> None:
     model = build_model(config, precision, device)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    optimizer_ms = []
+    optimizer_ms, losses = [], []
     all_groups = groups(model, config, weight_decay=0.28)
     optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
     early = UpdateEarly(own) if args.update_early else None
 
-    def step() -> torch.Tensor:
+    def step() -> None:
         if early is not None:
             loss = model(inputs, targets)
             early.begin()
             loss.backward()
             early.finish()
             model.scaling.update()
-            return loss
+            losses.append(loss.detach())
+            return
         for _ in range(args.accumulation):
             loss = model(inputs, targets, 1 / args.accumulation)
             loss.backward()
@@ -92,17 +96,18 @@ def main() -> None:
         torch.cuda.synchronize()
         optimizer_ms.append(1e3 * (time.perf_counter() - start))
         model.zero_grad(set_to_none=True)
-        return loss * args.accumulation
+        losses.append(loss.detach() * args.accumulation)
 
     start = time.perf_counter()
-    step(), step()
+    for _ in range(2):
+        step()
     torch.cuda.synchronize()
     warm = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
-        loss = step()
+        step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     setup = Setup(
@@ -124,7 +129,8 @@ def main() -> None:
                 "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
                 "update_early": args.update_early,
                 "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None, "warm_s": round(warm, 1),
-                "loss": round(loss.item(), 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                "loss": round(losses[-1].item(), 4), "losses": [round(loss.item(), 3) for loss in losses],
+                "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
             }
         )
     )  # fmt: skip

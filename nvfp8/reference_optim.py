@@ -66,7 +66,7 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         else:
             root = square_root((v if least is None else torch.maximum(v, least * least)) * unbias2)
         value = value * keep - step_size * (m / (root + eps))
-        for_weight, for_first, for_second = three(draw(value, t.key))
+        for_first, for_weight, for_second = three(draw(value, t.key))
         for codec, stored, moment, bits in ((first, t.exp_avg, m, for_first), (second, t.exp_avg_sq, v, for_second)):
             codec.encode_(stored, moment, bits if t.stochastic or codec.blocked else None)
         write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)

@@ -18,6 +18,7 @@ BLOCK = 128  # elements that share a scale: fp32 scales are 3 % of one byte an e
 FORMATS = {torch.float8_e4m3fn: (-6, 3, 448.0), torch.float8_e5m2: (-14, 2, 57344.0)}
 # A scale is so much larger that its block's largest magnitude, times the scale's rounded reciprocal, is not above the format's.
 HEADROOM = 2.0**-20
+OTHERS = (0x85EBCA77, 0x9E3779B1, 0xC2B2AE3D)  # of four neighbours that share a hash (xxHash's primes, odd and dissimilar)
 _MASK = 0xFFFFFFFF
 
 
@@ -58,8 +59,15 @@ def random_bits(index: Tensor, key: int) -> Tensor:
 
 
 def draw(value: Tensor, key: int) -> Tensor:
-    """32 random bits for each element of `value`, by its place in memory order: int64 in [0, 2^32), value's shape."""
-    return random_bits(torch.arange(value.numel(), device=value.device), key).view(value.shape)
+    """32 random bits for each element of `value`, by its place in memory order: int64 in [0, 2^32), value's shape.
+
+    A hash serves four neighbours, a quarter of the arithmetic: the first takes it as it is, the others times an odd number, with
+    the upper half mixed into the lower. Each is as uniform as the hash; what one says of another is a line through 2^32 points.
+    """
+    count = value.numel()
+    bits = random_bits(torch.arange(-(-count // 4), device=value.device), key)
+    others = [(bits * odd) & _MASK for odd in OTHERS]
+    return torch.stack([bits, *(other ^ (other >> 15) for other in others)], 1).flatten()[:count].view(value.shape)
 
 
 def three(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,9 +81,9 @@ def three(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bits: int64 in [0, 2^32).
 
     Returns:
-        Three of the same kind: the upper half, the lower half, the mixture.
+        Three of the same kind: the upper half, the mixture, the lower half.
     """
-    return bits, (bits << 16) & _MASK, (bits * 0x9E3779B1) & _MASK
+    return bits, (bits * 0x9E3779B1) & _MASK, (bits << 16) & _MASK
 
 
 def uniform(bits: Tensor) -> Tensor:

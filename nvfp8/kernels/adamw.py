@@ -10,8 +10,9 @@ and which block of 4096 elements each program takes. It depends on sizes only.
 
 A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
 compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
-such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash an
-element serves both moments and the weight (`rounding.three`): with three, arithmetic would bound the kernel rather than memory.
+such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash serves
+four neighbours (`rounding.draw`), and of each both moments and the weight (`rounding.three`): with twelve, arithmetic would bound
+the kernel rather than memory.
 """
 
 import math
@@ -28,6 +29,7 @@ from nvfp8.kernels import rounding
 from nvfp8.reference_optim import AdamWTensor
 
 BLOCK = 4096  # elements a program
+REGISTERS = 80  # a thread's: 3 programs of 256 threads share a multiprocessor's 65,536, so one computes while others load
 PLANS = 64  # 8 bytes a program each: 0.2 % of its 4096 elements at one byte each
 _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
@@ -51,18 +53,17 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _read(
-    addresses, at, size, block,
-    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    data, scales, at, size, block, TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A moment's block in fp32, and the number next to 0 of each element's scale; `addresses` points at those of both."""
-    stored = tl.load(_pointer(addresses, TYPE, ALIGNED) + at, at < size, 0.0)
+    """A moment's block in fp32, and the number next to 0 of each element's scale."""
+    stored = tl.load(data + at, at < size, 0.0)
     if FORMAT is None:
         value = stored.to(tl.float32)
         least = value
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
         row = block * ROWS + tl.arange(0, ROWS)
-        scale = tl.load(_pointer(addresses + 1, tl.float32, False) + row, row * rounding.BLOCK < size, 0.0)
+        scale = tl.load(scales + row, row * rounding.BLOCK < size, 0.0)
         value = rounding.decode(stored, scale, ROWS, ROOT)
         least = tl.reshape(tl.broadcast_to((scale * FORMAT[2])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
     return value, least
@@ -70,9 +71,8 @@ def _read(
 
 @triton.jit
 def _write(
-    addresses, value, at, size, block, bits,
-    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    data, scales, value, at, size, block, bits,
+    TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
     if FORMAT is None:
@@ -80,15 +80,15 @@ def _write(
             if not STOCHASTIC:
                 bits = rounding.nearest(value)
             top, _ = rounding.split(value, bits, 0)
-            tl.store(_pointer(addresses, tl.int16, ALIGNED) + at, top.to(tl.int16), at < size)
+            tl.store(data.to(tl.pointer_type(tl.int16), bitcast=True) + at, top.to(tl.int16), at < size)
         else:
-            tl.store(_pointer(addresses, TYPE, ALIGNED) + at, value, at < size)
+            tl.store(data + at, value, at < size)
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
         on_grid, scale = rounding.encode(value, bits, ROWS, FORMAT, ROOT)
-        tl.store(_pointer(addresses, TYPE, ALIGNED) + at, on_grid.to(TYPE), at < size)
+        tl.store(data + at, on_grid.to(TYPE), at < size)
         row = block * ROWS + tl.arange(0, ROWS)
-        tl.store(_pointer(addresses + 1, tl.float32, False) + row, scale, row * rounding.BLOCK < size)
+        tl.store(scales + row, scale, row * rounding.BLOCK < size)
 
 
 @triton.jit
@@ -99,59 +99,68 @@ def _adamw(
 ):  # fmt: skip
     tensor = tl.load(BLOCKS + 2 * tl.program_id(0))
     block = tl.load(BLOCKS + 2 * tl.program_id(0) + 1)
+    # All is read before anything is written: the compiler must take a store for one to any address, and moves no load across.
     row = TABLE + tensor * _WORDS
-    factors = FACTORS + tensor * (2 * _WORDS) + _FACTORS
+    parameter = _pointer(row, tl.float32 if tl.float32 == PARAMETER else tl.int16, ALIGNED)  # bf16, as bits
+    gradient = _pointer(row + 1, GRADIENT, ALIGNED)
+    first, first_scales = _pointer(row + 2, FIRST, ALIGNED), _pointer(row + 3, tl.float32, False)
+    second, second_scales = _pointer(row + 4, SECOND, ALIGNED), _pointer(row + 5, tl.float32, False)
     size = tl.load(row + 7).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
+    key = tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)
+    factors = FACTORS + tensor * (2 * _WORDS) + _FACTORS
+    take1, take2, step_size, unbias2 = tl.load(factors), tl.load(factors + 1), tl.load(factors + 2), tl.load(factors + 3)
+    eps, keep, root_unbias2 = tl.load(factors + 4), tl.load(factors + 5), tl.load(factors + 6)
+
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
+    g = tl.load(gradient + at, mask, 0.0).to(tl.float32)
+    m, least = _read(first, first_scales, at, size, block, FIRST, FIRST_FORMAT, False, BLOCK)
+    v, _ = _read(second, second_scales, at, size, block, SECOND, SECOND_FORMAT, True, BLOCK)
+    stored = tl.load(parameter + at, mask, 0)
+    if REST is not None:
+        rest = _pointer(row + 6, REST, ALIGNED) + at
+        beside = tl.load(rest, mask, 0)
     # Where nothing is rounded by them, the compiler drops them.
-    bits, for_first, for_second = rounding.three(rounding.random_bits(at, tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)))
+    for_first, bits, for_second = rounding.three(rounding.draw(block * BLOCK, key, BLOCK))
 
-    g = tl.load(_pointer(row + 1, GRADIENT, ALIGNED) + at, mask, 0.0).to(tl.float32)
-    m, least = _read(row + 2, at, size, block, FIRST, FIRST_FORMAT, False, ALIGNED, BLOCK)
-    m += tl.load(factors) * (g - m)
-    v, _ = _read(row + 4, at, size, block, SECOND, SECOND_FORMAT, True, ALIGNED, BLOCK)
-    v += tl.load(factors + 1) * (g * g - v)
+    m += take1 * (g - m)
+    v += take2 * (g * g - v)
     if SECOND_FORMAT is None:
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least * least)
-        counted = rounding.square_root(counted * tl.load(factors + 3))
+        counted = rounding.square_root(counted * unbias2)
     else:
         v = rounding.square_root(v)  # what is stored
         counted = v
         if FIRST_FORMAT is not None:
             counted = tl.maximum(v, least)
-        counted = counted * tl.load(factors + 6)
-    step = tl.load(factors + 2) * (m / (counted + tl.load(factors + 4)))
-    _write(row + 2, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, ALIGNED, BLOCK)
-    _write(row + 4, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, ALIGNED, BLOCK)
+        counted = counted * root_unbias2
+    step = step_size * (m * rounding.reciprocal(counted + eps))
+    _write(first, first_scales, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, BLOCK)
+    _write(second, second_scales, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, BLOCK)
 
-    keep = tl.load(factors + 5)
     if tl.float32 == PARAMETER:
-        weight = _pointer(row, tl.float32, ALIGNED) + at
-        tl.store(weight, tl.load(weight, mask, 0.0) * keep - step, mask)
+        tl.store(parameter + at, stored * keep - step, mask)
     else:
-        weight = _pointer(row, tl.int16, ALIGNED) + at  # bf16, as bits
         EXTRA: tl.constexpr = 8 if tl.int8 == REST else 16 if tl.int16 == REST else 0
         if REST is None:
-            stored = tl.load(weight, mask, 0)
             value = rounding.join(stored, tl.zeros_like(stored), 0)
         elif tl.float32 == REST:
-            value = rounding.written(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0.0))
+            value = rounding.written(stored, beside)
         else:
-            value = rounding.join(tl.load(weight, mask, 0), tl.load(_pointer(row + 6, REST, ALIGNED) + at, mask, 0), EXTRA)
+            value = rounding.join(stored, beside, EXTRA)
         value = value * keep - step
         if tl.float32 == REST or not STOCHASTIC:  # beside a whole copy nothing is lost
             bits = rounding.nearest(value)
         top, remainder = rounding.split(value, bits, EXTRA)
-        tl.store(weight, top.to(tl.int16), mask)
+        tl.store(parameter + at, top.to(tl.int16), mask)
         if tl.float32 == REST:
-            tl.store(_pointer(row + 6, REST, ALIGNED) + at, value, mask)
+            tl.store(rest, value, mask)
         elif EXTRA > 0:
-            tl.store(_pointer(row + 6, REST, ALIGNED) + at, remainder.to(REST), mask)
+            tl.store(rest, remainder.to(REST), mask)
 
 
 def _blocks(members: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -208,5 +217,5 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
                 PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
                 REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
                 SECOND_FORMAT=rounding.FORMATS.get(second),
-                STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8,
+                STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8, maxnreg=REGISTERS,
             )  # fmt: skip

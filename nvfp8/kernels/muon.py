@@ -34,8 +34,8 @@ def _matrix(TABLE, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _bits(TABLE, matrix, at):
-    return rounding.random_bits(at, tl.load(TABLE + tl.num_programs(1) + matrix))
+def _bits(TABLE, matrix, BLOCK: tl.constexpr):
+    return rounding.draw(tl.program_id(0) * BLOCK, tl.load(TABLE + tl.num_programs(1) + matrix), BLOCK)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -60,10 +60,10 @@ def _muon_nesterov(
     m += TAKE * (g - m)
     tl.store(X + start + at, (g + MU * (m - g)).to(X.dtype.element_ty), mask)
     if FORMAT is not None:
-        m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, at), EACH, FORMAT, False)
+        m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, BLOCK), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
     if MOMENTUM.dtype.element_ty == tl.bfloat16:
-        top, _ = rounding.split(m, _bits(GRADIENTS, matrix, at), 0)
+        top, _ = rounding.split(m, _bits(GRADIENTS, matrix, BLOCK), 0)
         tl.store((MOMENTUM + start + at).to(tl.pointer_type(tl.int16), bitcast=True), top.to(tl.int16), mask)
     else:
         tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
@@ -72,7 +72,7 @@ def _muon_nesterov(
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_descend(
     WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
-    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     NARROW: tl.constexpr = tl.int16 == TYPE  # bf16 weights are read and written as bits
     matrix = tl.program_id(1)
@@ -80,7 +80,12 @@ def _muon_descend(
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
     weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
-    if BY_ROW:
+    if BY_ROW and WHOLE:  # 128 elements of one row at a time: one division and one load for all of them
+        EACH: tl.constexpr = BLOCK // rounding.BLOCK
+        first = (tl.program_id(0) * EACH + tl.arange(0, EACH)) * rounding.BLOCK
+        scale = tl.load(SCALE + matrix * ROWS + first // COLUMNS, first < ROWS * COLUMNS, 0.0)
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], (EACH, rounding.BLOCK)), (BLOCK,))
+    elif BY_ROW:
         scale = tl.load(SCALE + matrix * ROWS + at // COLUMNS, mask, 0.0)
     else:
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
@@ -101,7 +106,7 @@ def _muon_descend(
             bits = rounding.nearest(w)
             tl.store(KEPT + start + at, w, mask)
         elif EXTRA < 16:
-            bits = _bits(WEIGHTS, matrix, at)
+            bits = _bits(WEIGHTS, matrix, BLOCK)
         else:
             bits = at  # nothing is cut off
         upper, rest = rounding.split(w, bits, EXTRA)
@@ -173,5 +178,5 @@ def muon_descend_(
     with torch.cuda.device_of(x):
         _muon_descend[_grid(x)](
             table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
-            mastered, extra, BY_ROW=scale.shape[2] == 1, BLOCK=BLOCK, num_warps=8,
+            mastered, extra, BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

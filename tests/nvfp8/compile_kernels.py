@@ -85,7 +85,7 @@ def call_everything() -> None:
         kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, None)
         kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, torch.ones(()))
         kernels.scale_(logits, torch.ones(()))
-        for rows, columns in ((768, 3072), (3072, 768)):  # scales by column, by row
+        for rows, columns in ((768, 3072), (3072, 768), (24, 12)):  # scales by column, by row of whole blocks, by any row
             weights = [torch.zeros(rows, columns, dtype=dtype) for _ in range(2)]
             x, scale = torch.zeros(2, rows, columns), torch.ones(2, rows, 1) if rows > columns else torch.ones(2, 1, columns)
             keys = [1, 2]

@@ -171,13 +171,13 @@ def test_a_weight_that_was_written_beside_its_master_counts_and_no_other_does() 
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", ["outlier", "equal", "zero", "denormal", "wide", "largest"])
+@pytest.mark.parametrize("block", ["outlier", "equal", "zero", "denormal", "wide", "steep", "largest"])
 @pytest.mark.parametrize("form", ["e4m3", "e5m2"])
 def test_adversarial_blocks_of_roots_come_out_of_the_kernel_as_of_the_twin(block: str, form: str) -> None:
     gradient = {
         "outlier": torch.cat((torch.full((127,), 1e-3), torch.tensor([7.0]))), "equal": torch.full((128,), 0.37),
         "zero": torch.zeros(128), "denormal": torch.full((128,), 1e-20), "wide": torch.logspace(-22, 3, 128),
-        "largest": torch.full((128,), 1e19),
+        "steep": torch.cat((torch.full((127,), 1e-18), torch.tensor([1e19]))), "largest": torch.full((128,), 1e19),
     }[block].to(DEVICE)  # fmt: skip
     results = []
     for module in (kernels, reference):

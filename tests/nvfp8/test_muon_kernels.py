@@ -18,8 +18,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
 
-# A gate; odd and inside one scale block; odd over two programs' 4096; wide and of three programs
-STACKS = [(4, 1, 12), (3, 5, 7), (2, 67, 93), (2, 40, 272)]
+# A gate; odd and inside one scale block; odd over two programs' 4096; wide and of three programs, also with 128 to divide a row
+STACKS = [(4, 1, 12), (3, 5, 7), (2, 67, 93), (2, 40, 272), (2, 35, 256)]
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,13 +1,15 @@
 """Stochastic rounding, block scales and split weights: every FP8 code, adversarial blocks, and what nearest rounding does."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from nvfp8 import rounding
-from nvfp8.rounding import BLOCK, FORMATS, decode, encode, join, key, random_bits, split, square_root, three, to_grid, uniform
+from nvfp8.rounding import BLOCK, FORMATS, decode, draw, encode, join, key, random_bits, split, square_root, three, to_grid, uniform
 
 DTYPES = list(FORMATS)
 
@@ -86,18 +88,31 @@ def test_a_root_never_becomes_0_and_other_numbers_do(dtype: torch.dtype) -> None
     assert (decode(*encode(block, dtype, bits(BLOCK), root=True), root=True) > 0).all()
 
 
-def test_one_draw_gives_three_that_are_pairwise_independent() -> None:
-    parts = three(random_bits(torch.arange(1 << 18), key(3, 0, 0, 0)))
+def assert_uniform_and_pairwise_independent(parts: Sequence[Tensor]) -> None:
+    """Of 2^18 draws each, by their 16 upper bits; all equal, or one a simple function of another, would show."""
     for part in parts:
         upper = part >> 16
-        assert upper.unique().numel() > 0.97 * 65536  # of 2^18 draws, 98.2 % of 2^16 values are expected
+        assert upper.unique().numel() > 0.97 * 65536  # 98.2 % of 2^16 values are expected
         for position in range(16):
             assert abs(float((upper >> position & 1).float().mean()) - 0.5) < 0.005
-    for one, other in ((0, 1), (0, 2), (1, 2)):
+    for one, other in itertools.combinations(parts, 2):
         table = torch.zeros(64, 64)  # by their six upper bits: 64 a cell, ± 8
-        table.view(-1).index_add_(0, (parts[one] >> 26) * 64 + (parts[other] >> 26), torch.ones(1 << 18))
+        table.view(-1).index_add_(0, (one >> 26) * 64 + (other >> 26), torch.ones(1 << 18))
         chi_squared = float((table - 64).square().sum() / 64)
         assert abs(chi_squared - 4095) < 5 * (2 * 4095) ** 0.5
+
+
+def test_one_draw_gives_three_that_are_pairwise_independent() -> None:
+    assert_uniform_and_pairwise_independent(three(random_bits(torch.arange(1 << 18), key(3, 0, 0, 0))))
+
+
+def test_four_neighbours_share_a_hash_and_are_pairwise_independent() -> None:
+    drawn = draw(torch.zeros(1 << 20), key(3, 0, 0, 0))
+    assert_uniform_and_pairwise_independent(drawn.view(-1, 4).unbind(1))
+    for part in three(drawn):  # what rounds neighbours' moments and weights
+        assert_uniform_and_pairwise_independent(part.view(-1, 4).unbind(1))
+    assert torch.equal(drawn[::4], random_bits(torch.arange(1 << 18), key(3, 0, 0, 0)))
+    assert torch.equal(draw(torch.zeros(3, 7), 5).flatten(), draw(torch.zeros(40), 5)[:21]), "an element's place alone decides"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
