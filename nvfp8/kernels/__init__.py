@@ -1,7 +1,8 @@
 """Triton kernels, one file a family; no autograd here. Names and arguments are those of the twins in `nvfp8.reference`."""
 
 from nvfp8.kernels.adamw import adamw_
-from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_, softcap_cross_entropy_quantize
+from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
+from nvfp8.kernels.cross_entropy_fp8 import softcap_cross_entropy_quantize
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.heads import heads_backward, heads_forward
