@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from nanochat.gpt import GATE_CHANNELS, GPTConfig
 from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
-from nvfp8.recipe import Recipe
+from nvfp8.recipe import GEMMS, Recipe
 
 Bytes = dict[str, float]  # what -> bytes
 DP_WORKSPACE = 256 * 2**20  # cudnn-frontend's default CUDNN_FRONTEND_ATTN_DP_WORKSPACE_LIMIT (scaled_dot_product_flash_attention.h)
@@ -145,6 +145,8 @@ def head(precision: Precision, batch: MicroBatch) -> Head:
                 "head: dW": weight * 2,
             },
         )
+    if isinstance(precision, FP8Precision) and len(precision.head_in_bf16) < len(GEMMS):
+        return _fp8_head(precision, batch)
     logits = tokens * shape.padded_vocab * batch.itemsize
     cast = 0 if precision.matrix_dtype == precision.compute_dtype else weight * batch.itemsize
     return Head(
@@ -155,6 +157,29 @@ def head(precision: Precision, batch: MicroBatch) -> Head:
             "head: a chunk of logits": min(CHUNK_BYTES, logits),
             "head: dW in fp32": weight * 4,
             "head: cast copy of its weight": cast,
+        },
+    )
+
+
+def _fp8_head(precision: FP8Precision, batch: MicroBatch) -> Head:
+    """`nvfp8.fp8_head`, inside the last but one chunk's kernel: with the last, dW's sum would be as large and its logits fewer.
+
+    Not measured yet.
+    """
+    shape, weight = batch.shape, batch.shape.padded_vocab * batch.shape.n_embd
+    chunk = min(CHUNK_BYTES, batch.tokens * shape.padded_vocab)  # logits of a chunk; a byte each in either layout of their gradient
+    several = batch.tokens * shape.padded_vocab > CHUNK_BYTES
+    layouts = len({"dgrad", "wgrad"} - precision.head_in_bf16)
+    return Head(
+        "forward of the head",
+        {
+            "the stream before the last norm": batch.x,
+            "head: its input and dx": 2 * batch.x,
+            "head: its input in FP8, a chunk": 2 * chunk / shape.padded_vocab * shape.n_embd,
+            "head: a chunk's gradient in FP8, by layouts": layouts * chunk,
+            # A quarter of the chunk's rows have logits in bf16; they are gone when its dW is there, which is then added.
+            "head: logits of a quarter, or the chunk's dW in fp32": max(chunk / 2, 4 * weight if several else 0),
+            "head: dW in fp32": weight * 4,
         },
     )
 

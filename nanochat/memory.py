@@ -170,7 +170,9 @@ class Counted:
     def _fp8_copies(self) -> float:
         precision = self.setup.precision
         if isinstance(precision, FP8Precision):
-            return sum(2.0 * p.numel() for name, p in self.model.named_parameters() if _in_engine(name))
+            of_head = float(len({"fprop", "dgrad"} - precision.head_in_bf16))  # wgrad reads no weight
+            named = self.model.named_parameters()
+            return sum(p.numel() * (2.0 if _in_engine(name) else of_head * (name == "lm_head.weight")) for name, p in named)
         if not isinstance(precision, TEPrecision):
             return 0
         one = {"nv16": 0.5 + 1 / 16, "mx32": 1 + 1 / 32}.get(precision.recipe.fprop.right.scaling, 1.0)

@@ -26,6 +26,7 @@ from nanochat.memory import Counted
 from nvfp8.hardware import Peaks
 from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
+from nvfp8.recipe import GEMMS
 
 EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71, "polar": 0.676}
 KEYS_MORE = 559
@@ -77,7 +78,9 @@ def work(counted: Counted, rows: int) -> Work:
     matrices, head = parameters["transformer_matrices"], parameters["lm_head"]
     in_fp8 = isinstance(precision, TEPrecision | FP8Precision)
     te_head = isinstance(precision, TEPrecision) and precision.te_head
-    quantized = (matrices if in_fp8 else 0) + (head if te_head else 0)
+    # The head's GEMMs are as large as each other.
+    own_head = 1 - len(precision.head_in_bf16) / len(GEMMS) if isinstance(precision, FP8Precision) else 0
+    quantized = (matrices if in_fp8 else 0) + (head if te_head else own_head * head)
     return Work(
         fp8=6 * quantized * tokens,
         bf16=6 * (matrices + head - quantized) * tokens,
@@ -106,6 +109,9 @@ def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, h
     moved = float((shape.n_layer * block + _ENDS) * x)
     if te_head:
         moved += (8 + (2 if scaling == "current" else 0)) * logits  # the loss reads and writes them, then they are quantized
+    elif isinstance(precision, FP8Precision) and len(precision.head_in_bf16) < len(GEMMS):
+        chunks = max(1, logits // CHUNK_BYTES)
+        moved += 6 * logits + (chunks - 1) * 12 * head  # read for the loss and for its gradient; a chunk's dW is added
     else:
         chunks = max(1, logits * precision.compute_dtype.itemsize // CHUNK_BYTES)
         moved += 4 * logits + chunks * 8 * head  # dW is read and written once a chunk

@@ -24,8 +24,27 @@ from nvfp8.ops import ops
 CHUNK_BYTES = 256 * 2**20
 
 
-def _chunk_rows(padded_vocab: int, dtype: torch.dtype) -> int:
+def chunk_rows(padded_vocab: int, dtype: torch.dtype) -> int:
+    """How many rows of logits a chunk has, a multiple of 128."""
     return max(128, CHUNK_BYTES // (padded_vocab * dtype.itemsize) // 128 * 128)
+
+
+def counted(targets: Tensor, scale: float) -> Tensor:
+    """Gradient of every valid token's loss, 0-D fp32: `scale` over their number."""
+    return scale / (targets >= 0).sum().clamp_min(1).float()
+
+
+def scaled_gradients(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The dx and dW that forward has saved in `ctx`, times what reaches the loss, in place.
+
+    Raises:
+        RuntimeError: it was done before.
+    """
+    if ctx.used:
+        raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
+    ctx.used = True
+    dx, dw = ctx.saved_tensors
+    return ops(dx).scale_(dx, d_loss), ops(dw).scale_(dw, d_loss).to(ctx.weight_dtype)
 
 
 class _Loss(torch.autograd.Function):
@@ -33,13 +52,13 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab: int, softcap: float, scale: float, with_gradient: bool
     ) -> Tensor:
-        factor = scale / (targets >= 0).sum().clamp_min(1).float()  # 0-d: gradient of every valid token's loss
+        factor = counted(targets, scale)
         cast = weight.to(x.dtype)
         needs_gradient = with_gradient and any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if needs_gradient else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if needs_gradient else None
         losses = []
-        rows = _chunk_rows(weight.shape[0], x.dtype)
+        rows = chunk_rows(weight.shape[0], x.dtype)
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = x[part] @ cast.t()
@@ -55,11 +74,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError("the loss's backward may run once: it scales the gradients it holds in place")
-        ctx.used = True
-        dx, dw = ctx.saved_tensors
-        return ops(dx).scale_(dx, d_loss), ops(dw).scale_(dw, d_loss).to(ctx.weight_dtype), None, None, None, None, None
+        return *scaled_gradients(ctx, d_loss), None, None, None, None, None
 
 
 class LinearCrossEntropy(nn.Module):
@@ -97,7 +112,7 @@ class LinearCrossEntropy(nn.Module):
             (N,) fp32, in nats.
         """
         cast = self.weight.to(x.dtype)
-        rows = _chunk_rows(self.weight.shape[0], x.dtype)
+        rows = chunk_rows(self.weight.shape[0], x.dtype)
         pairs = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.cat([ops(x).softcap_cross_entropy_(c @ cast.t(), t, self.vocab, self.softcap, None) for c, t in pairs])
 

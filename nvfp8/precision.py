@@ -14,6 +14,7 @@ from torch import nn
 
 from nvfp8 import scaling, te_engine, te_layers
 from nvfp8.fp8_fine_layers import FineLinear, FineMLP, FineNormLinear
+from nvfp8.fp8_head import FP8LinearCrossEntropy
 from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
@@ -218,7 +219,7 @@ def te(
 
 @dataclass(frozen=True)
 class FP8Precision(Precision):
-    """Our own FP8 layers; what the recipe excepts, the head, gates and all evaluation are bf16.
+    """Our own FP8 layers; what the recipe excepts, gates and all evaluation are bf16, and so is the head beside fine scales.
 
     Attributes:
         recipe: how the GEMMs run, and what stays in bf16.
@@ -264,6 +265,26 @@ class FP8Precision(Precision):
         assert isinstance(c_fc, FP8Linear) and isinstance(c_proj, FP8Linear)
         return FP8ReluSquaredMLP(c_fc, c_proj, self.recipe, self.emulated)
 
+    def head(self, width: int, vocab: int, padded_vocab: int, softcap: float) -> LinearCrossEntropy:
+        """lm_head with its loss, in FP8 but for the GEMMs that the recipe excepts."""
+        if not self._fine:
+            self.made.add("lm_head")
+        if len(self.head_in_bf16) == len(GEMMS):
+            return super().head(width, vocab, padded_vocab, softcap)
+        numbers = self.recipe, self.matrix_dtype, self.emulated, self.head_in_bf16
+        return FP8LinearCrossEntropy(width, vocab, padded_vocab, softcap, *numbers)
+
+    @property
+    def head_in_bf16(self) -> frozenset[str]:
+        """Which of lm_head's GEMMs stay in bf16: all of them where scales are finer than one a tensor."""
+        return frozenset(GEMMS) if self._fine else self.recipe.gemms_in_bf16("lm_head")
+
+    def _head_line(self) -> str:
+        if len(self.head_in_bf16) == len(GEMMS):
+            return "bf16 operands in chunks"
+        excepted = "".join(f", {gemm} in bf16" for gemm in sorted(self.head_in_bf16))
+        return f"FP8 GEMMs in chunks, logits' gradient in E5M2{excepted}"
+
     def scaling(self, model: nn.Module) -> scaling.ScalingState:
         """Of all casts in `model`.
 
@@ -274,7 +295,7 @@ class FP8Precision(Precision):
             if not any(covers(pattern, name) for name in self.made):
                 names = ", ".join(sorted(self.made)[:4])
                 raise ValueError(f"recipe {self.recipe.name}: bf16={pattern} is no part of this model, whose layers are {names}, …")
-        kinds = (FP8Linear, FP8NormLinear, FP8ReluSquaredMLP)
+        kinds = (FP8Linear, FP8NormLinear, FP8ReluSquaredMLP, FP8LinearCrossEntropy)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.projections}
         sites = {name: [site for part in layer.projections for site in part.sites] for name, layer in layers.items()}
         return scaling.Scaling(sites, self.recipe)
@@ -291,7 +312,7 @@ class FP8Precision(Precision):
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
         excepted = [gemms for name in self.made if (gemms := self.recipe.gemms_in_bf16(name))]
-        mixed = sum(len(gemms) < len(GEMMS) for gemms in excepted)
+        mixed = sum(0 < len(self.recipe.gemms_in_bf16(name)) < len(GEMMS) for name in self.made - {"lm_head"})
         fused = {
             "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
@@ -306,7 +327,7 @@ class FP8Precision(Precision):
             "recipe": f"{self.recipe.name}: {self.recipe.describe()}",
             "FP8": "emulated in fp32" if self.emulated else "tensor cores",
             "GEMMs left in bf16": kept,
-            "head": "bf16 operands in chunks",
+            "head": self._head_line(),
             "gates": "bf16",
             "evaluation": "bf16",
             "weights in FP8": "copies with their transposes, made once a step",

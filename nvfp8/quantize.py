@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear
 from nvfp8.matmul import fp8_matmul
-from nvfp8.recipe import Recipe
+from nvfp8.recipe import Operand, Recipe
 from nvfp8.scaling import Site
 
 _ASKED, _HANDED = "fp8_asked", "fp8_handed"
@@ -119,12 +120,12 @@ class Projection:
         x: site of the input.
         w: site of the weight.
         dy: site of the output's gradient.
-        in_bf16: those of the three that stay in bf16, not all; only `fp8_layers._Linear` computes such.
+        in_bf16: those of the three that stay in bf16, not all; only `fp8_layers._Linear` and the head compute such.
     """
 
     def __init__(
-        self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, label: str = "{}", normed: bool = False,
-        in_bf16: frozenset[str] = frozenset(),
+        self, layers: tuple[Linear | LinearCrossEntropy, ...], recipe: Recipe, emulated: bool, label: str = "{}",
+        normed: bool = False, in_bf16: frozenset[str] = frozenset(), of_logits: bool = False,
     ):  # fmt: skip
         """Cast nothing yet.
 
@@ -135,13 +136,16 @@ class Projection:
             label: the layer's name in messages, {} being the module's.
             normed: the input comes from RMSNorm.
             in_bf16: "fprop", "dgrad", "wgrad".
+            of_logits: the output's gradient is a loss's, in E5M2 whatever the recipe says of gradients.
         """
         self.layers, self.recipe, self.emulated, self.in_bf16 = layers, recipe, emulated, in_bf16
         width = layers[0].weight.shape[1]
         kind = "normed" if normed else "activation"
         self.x = Site(f"the input of {label}", kind, recipe.fprop.left, emulated, width)  # type: ignore[arg-type]
         self.w = Site(f"the weight of {label}", "weight", recipe.fprop.right, emulated)
-        self.dy = Site(f"the gradient that reaches {label}", "gradient", recipe.dgrad.left, emulated)
+        what = f"the gradient that reaches {label}"
+        of_loss = Operand("e5m2", "current")  # measured by nobody: the site knows its scale
+        self.dy = Site(what, "logits", of_loss, emulated) if of_logits else Site(what, "gradient", recipe.dgrad.left, emulated)
         self._cast_from: list[tuple[int, int, int]] = []
         self._copies: Quantized | None = None
 

@@ -23,9 +23,10 @@ from nvfp8.reference_fp8 import quantize as quantize
 from nvfp8.reference_fp8 import quantize_rows as quantize_rows
 from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_backward_quantize
 from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
+from nvfp8.reference_fp8 import softcap_cross_entropy_quantize as softcap_cross_entropy_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE
-from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, wide
+from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, softcap_loss, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
@@ -284,15 +285,8 @@ def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap:
     Returns:
         losses (N,) fp32, in nats.
     """
-    capped = softcap * torch.tanh(wide(logits[:, :vocab]) / softcap)
-    valid = targets >= 0
-    rows = targets.clamp_min(0)[:, None]
-    log_sum = capped.exp().sum(-1).log()
-    losses = torch.where(valid, log_sum - capped.gather(1, rows)[:, 0], 0.0)
-    if scale is not None:
-        gradient = (capped - log_sum[:, None]).exp()
-        gradient.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=gradient.dtype))
-        gradient *= (1 - (capped / softcap).square()) * scale * valid[:, None]
-        logits[:, :vocab] = gradient
+    losses, gradient = softcap_loss(wide(logits[:, :vocab]), targets, softcap, scale is not None)
+    if gradient is not None and scale is not None:
+        logits[:, :vocab] = gradient * scale
         logits[:, vocab:] = 0
     return losses

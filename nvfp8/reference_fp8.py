@@ -15,7 +15,7 @@ dimension.
 import torch
 from torch import Tensor
 
-from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
+from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
 from nvfp8.rounding import FORMATS
 
 
@@ -313,3 +313,37 @@ def _product(x_q: Tensor, w_q: Tensor, inverse_scale: Tensor) -> Tensor:
     # inverse_scale in fp64 asks for the exact product.
     dtype = torch.promote_types(inverse_scale.dtype, torch.float32)
     return x_q.to(dtype) @ w_q.to(dtype).t() * inverse_scale
+
+
+def softcap_cross_entropy_quantize(
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None, q: Tensor | None,
+    q_t: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of softcapped logits, and its gradient in FP8, as it lies, transposed, or both.
+
+    As `softcap_cross_entropy_`, but what every token's gradient is multiplied by (1 / valid tokens) is left to the GEMMs: without
+    it no element is above 1, so one scale serves every batch and nothing is measured.
+
+    Args:
+        logits: (M, V') with V' ≥ vocab, contiguous.
+        targets: (M,) int64; −1 is ignored: loss 0, gradient 0.
+        vocab: V; columns from V on are padding: not in the sum, gradient 0.
+        softcap: c.
+        scale: 0-D fp32, of the gradient in FP8.
+        factor: 0-D fp32; where it is given, logits are overwritten with factor · gradient for a GEMM in their own dtype.
+        q: (M, V') FP8 to write, contiguous, or None.
+        q_t: (V', M) to write, rows contiguous but maybe part of longer ones, or None; not both None.
+
+    Returns:
+        losses (M,) fp32, in nats.
+    """
+    losses, gradient = softcap_loss(wide(logits[:, :vocab]), targets, softcap, True)
+    assert gradient is not None
+    gradient = torch.nn.functional.pad(gradient, (0, logits.shape[1] - vocab))
+    if q is not None:
+        q.copy_(_codes(gradient, scale, q.dtype))
+    if q_t is not None:
+        q_t.copy_(_codes(gradient, scale, q_t.dtype).t())
+    if factor is not None:
+        logits.copy_(gradient * factor)
+    return losses

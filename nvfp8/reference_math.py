@@ -66,3 +66,27 @@ def heads_gradient(
     if table is None or ids is None:
         return d_qkv, None
     return d_qkv, (wide_dv * wide(table[ids]).view_as(wide_dv)).sum(-1)
+
+
+def softcap_loss(logits: Tensor, targets: Tensor, softcap: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of z = c·tanh(logit/c) and its gradient (softmax(z) − onehot)·(1 − (z/c)²), of which no element is above 1.
+
+    Args:
+        logits: (N, V) wide.
+        targets: (N,) int64; −1 is ignored: loss 0, gradient 0.
+        softcap: c; e^c must be far inside the dtype's range, for no maximum is subtracted.
+        with_gradient: whether it is wanted.
+
+    Returns:
+        losses (N,) in nats, gradient (N, V) or None.
+    """
+    capped = softcap * torch.tanh(logits / softcap)
+    valid, rows = targets >= 0, targets.clamp_min(0)[:, None]
+    log_sum = capped.exp().sum(-1).log()
+    losses = torch.where(valid, log_sum - capped.gather(1, rows)[:, 0], 0.0)
+    if not with_gradient:
+        return losses, None
+    gradient = (capped - log_sum[:, None]).exp()
+    gradient.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=gradient.dtype))
+    gradient *= 1 - (capped / softcap).square()
+    return losses, torch.where(valid[:, None], gradient, 0.0)

@@ -15,6 +15,7 @@ What is known without any history:
 * |x̂| ≤ √D after RMSNorm, so the scale 448/√D never saturates. E4M3's 3 bits of mantissa are the same over 2⁻⁶ … 448, so only what
   falls below matters: at D = 1,536 numbers under 0.0014, a thousandth of a normal distribution, and those err by 9e-5 at most.
 * A weight is cast once a step, so it can be measured: its scale is exact.
+* |softmax − onehot| ≤ 1, so the gradient of logits has a scale whatever the batch: 2¹⁵ (`nvfp8/fp8_head.py`).
 * The first gradients follow from the loss: a token's loss has a gradient of at most `loss_scale`, which is brought to 64, amid
   E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations, and gradients in E4M3, are measured until
   they have a history.
@@ -36,9 +37,11 @@ from nvfp8.ops import ops
 from nvfp8.recipe import Operand, Recipe
 from nvfp8.rounding import FORMATS
 
-Kind = Literal["normed", "activation", "weight", "gradient"]
+Kind = Literal["normed", "activation", "weight", "gradient", "logits"]
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FIRST_GRADIENT = 64
+# Of gradients of logits, which are at most 1: the largest power of two in E5M2's range, so that 1 is far from saturating.
+OF_LOGITS = 2.0**15
 # A scale this large still has a reciprocal that is no denormal number, which a GPU takes for 0.
 _MOST = 2.0**126
 _loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)
@@ -127,11 +130,21 @@ class Site:
         return FORMATS[self.dtype][2]
 
     @property
+    def first(self) -> float | None:
+        """The scale that is known whatever the tensor, None where there is none."""
+        return {"normed": self.largest / math.sqrt(self.width or 1), "logits": OF_LOGITS}.get(self.kind)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the scale is renewed from a history."""
+        return self.delayed and self.kind in ("activation", "gradient")
+
+    @property
     def ready(self) -> bool:
         """Whether `scale` can be used before the tensor has been looked at."""
-        if self.kind == "normed" or self.from_loss:
+        if self.first is not None or self.from_loss:
             return True
-        return self.kind != "weight" and self.delayed and self.owner is not None and self.owner.seen[self.index]
+        return self.remembers and self.owner is not None and self.owner.seen[self.index]
 
     @property
     def from_loss(self) -> bool:
@@ -169,6 +182,7 @@ class Scaling:
         scale: (n,) fp32.
         inverse: (n,) fp32.
         seen: on the host, whether each site ever had an amax above 0.
+        layers: which sites are whose, of layers with a history.
     """
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], recipe: Recipe):
@@ -179,15 +193,16 @@ class Scaling:
         self.layers: dict[str, slice] = {}
         end = 0
         for layer, each in sites.items():
-            self.layers[layer] = slice(end, end := end + len(each))
+            part = slice(end, end := end + len(each))
+            if any(site.remembers for site in each):
+                self.layers[layer] = part
         for index, site in enumerate(self.sites):
             site.owner, site.index = self, index
         self.seen = [False] * len(self.sites)
         self.delayed = any(site.delayed for site in self.sites)
         self.amax: Tensor | None = None
         # On the CPU until a tensor is cast, whatever device a model is being made on.
-        first = [site.largest / math.sqrt(site.width) if site.kind == "normed" else 1.0 for site in self.sites]
-        self.scale = torch.tensor(first, device="cpu")
+        self.scale = torch.tensor([site.first or 1.0 for site in self.sites], device="cpu")
         self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites), device="cpu")
         self._loss_scale: float | None = None
 
@@ -211,8 +226,7 @@ class Scaling:
         self.inverse = _spaced(self.scale.reciprocal())
         margin = 2.0**-self.recipe.margin
         self._largest = torch.tensor([site.largest * margin for site in self.sites], device=device)
-        renewed = [site.delayed and site.kind in ("activation", "gradient") for site in self.sites]
-        self._renewed = torch.tensor(renewed, device=device)
+        self._renewed = torch.tensor([site.remembers for site in self.sites], device=device)
         for index, site in enumerate(self.sites):
             site.amax, site.scale, site.inverse = self.amax[index], self.scale[index], self.inverse[index]
 
@@ -253,7 +267,7 @@ class Scaling:
         if not self.delayed:
             return {}
         # What is not renewed from a history is no state: it is known anyway.
-        kept = [site.delayed and site.kind in ("activation", "gradient") and self.seen[site.index] for site in self.sites]
+        kept = [site.remembers and self.seen[site.index] for site in self.sites]
         scale = self.scale * torch.tensor(kept, device=self.scale.device)
         parts: dict[str, Tensor] = {}
         for layer, part in self.layers.items():

@@ -19,7 +19,7 @@ def _tanh(x):
 
 @triton.jit
 def _softcap_cross_entropy(
-    LOGITS, TARGETS, SCALE, LOSSES, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
+    LOGITS, TARGETS, SCALE, LOSSES, LOG_SUMS, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -34,6 +34,8 @@ def _softcap_cross_entropy(
     valid = target >= 0
     z_target = CAP * _tanh(tl.load(logits + tl.maximum(target, 0)).to(tl.float32) / CAP)
     tl.store(LOSSES + row, tl.where(valid, log_sum - z_target, 0.0))
+    if LOG_SUMS is not None:
+        tl.store(LOG_SUMS + row, log_sum)
     if GRADIENT:
         tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
         scale = tl.where(valid, tl.load(SCALE), 0.0)
@@ -62,9 +64,14 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
+    return row_pass(logits, targets, vocab, softcap, scale, None)
+
+
+def row_pass(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None) -> Tensor:
+    """Losses, where `scale` is given the gradient over the logits, and where `log_sums` (N,) fp32 is given log Σ exp(z) there."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _softcap_cross_entropy[(logits.shape[0],)](
-        logits, targets, scale, losses, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
+        logits, targets, scale, losses, log_sums, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
         CAP=softcap, GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return losses

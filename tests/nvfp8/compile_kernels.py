@@ -138,6 +138,10 @@ def compile_fp8(kernels: Any) -> None:
         gate, of_heads = torch.zeros(2, 64, heads, dtype=torch.bfloat16), torch.ones(2, 64, 2 * heads)
         for values in ((None, None, None), (gate, table, ids)):
             kernels.heads_backward_quantize(q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
+        logits, targets = torch.zeros(16, 32768, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
+        codes, codes_t = torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
+        for factor, outputs in ((None, (codes, codes_t)), (one, (codes, None)), (one, (None, codes_t))):
+            kernels.softcap_cross_entropy_quantize(logits, targets, 32768, 15.0, one, factor, *outputs)
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
             a_t = torch.zeros(3072, 256, dtype=e4m3)

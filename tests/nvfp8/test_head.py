@@ -34,7 +34,7 @@ def exact_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab: int) -> Tensor
 @pytest.mark.parametrize("scale", [1.0, 0.125])
 @pytest.mark.parametrize("upstream", [1.0, -3.0])
 def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float, upstream: float) -> None:
-    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: 128)  # 300 tokens: two whole chunks and a short one
+    monkeypatch.setattr(head_module, "chunk_rows", lambda *_: 128)  # 300 tokens: two whole chunks and a short one
     head, x, targets = make(dtype=dtype)
     loss = head.loss(x, targets, scale)
     (loss * upstream).backward()

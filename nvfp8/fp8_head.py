@@ -1,0 +1,135 @@
+"""The output head in FP8: three GEMMs at twice bf16's rate, and a gradient of the logits that is never wider than a byte.
+
+`nvfp8/head.py` says why the loss is taken chunk by chunk. In FP8 a chunk has two buffers of CHUNK_BYTES, the gradient of its logits
+as it lies (for dx) and transposed (for dW), and half a one for logits in bf16: they exist only between a GEMM and the kernel behind
+it, so a quarter of the rows at a time is enough. With a vocabulary of 32,768 a chunk is 8,192 rows. Fewer would be slower: cuBLAS's
+FP8 GEMM cannot add to its output, so every chunk costs an fp32 product of dW's size and an addition, 16 bytes a weight; and dx of
+2,048 rows and 768 channels is 96 tiles of 128 × 128 for 132 multiprocessors. More would make the head the step's peak by more.
+
+    x̂ (E4M3) · W (E4M3) → logits in bf16 → loss, and (softmax − onehot)·(1 − tanh²) in E5M2 → dx, dW
+
+* **No amax pass.** x̂ comes from a norm, so |x̂| ≤ √D; a weight is measured when it is cast, once a step; and no element of that
+  gradient is above 1, whatever the batch. 1 / valid tokens and the accumulation's factor are left to the GEMM's scale, so they
+  never meet the format. 2¹⁵ brings 1 to 32,768: nothing saturates at 57,344, and 2⁻³² is the least probability that is not lost
+  (the mean one is 2⁻¹⁵ in a vocabulary of 32,768). E4M3 would lose what is below 2⁻¹⁹.
+* **Logits are bf16, softcap and softmax fp32** in the kernel's registers: the FP8 operands err by 2⁻⁴ each way, bf16 by 2⁻⁹ of the
+  sum of D of their products; but a softmax of bf16 exponentials would not sum to 1.
+* **Each GEMM may stay in bf16**: `bf16=lm_head` in a recipe leaves all (this file is not used then), `bf16=lm_head:dgrad` one.
+
+Outside `scaling.autocast` everything is bf16 from the weight as it is, as in other FP8 layers.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nvfp8 import scaling
+from nvfp8.head import LinearCrossEntropy, chunk_rows, counted, scaled_gradients
+from nvfp8.matmul import add_matmul_, fp8_matmul
+from nvfp8.quantize import Projection, Quantized
+from nvfp8.recipe import GEMMS, Recipe
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, head: "FP8LinearCrossEntropy", scale: float, with_gradient: bool
+    ) -> Tensor:
+        factor = counted(targets, scale)
+        needs_gradient = with_gradient and any(ctx.needs_input_grad)
+        tokens = x.shape[0]
+        if tokens % 16:  # they are what dW sums over
+            x, targets = F.pad(x, (0, 0, 0, -tokens % 16)), F.pad(targets, (0, -tokens % 16), value=-1)
+        losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        dx, dw = torch.empty_like(x) if needs_gradient else None, None
+        for start in range(0, x.shape[0], rows := chunk_rows(weight.shape[0], torch.float8_e5m2)):
+            chunk = slice(start, start + rows)
+            out = None if dx is None else dx[chunk]
+            dw = head.chunk(x[chunk], weight.detach(), targets[chunk], losses[chunk], factor, out, dw)
+        ctx.save_for_backward(None if dx is None else dx[:tokens], dw)
+        ctx.used, ctx.weight_dtype = False, weight.dtype
+        return losses.sum() * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled_gradients(ctx, d_loss), None, None, None, None
+
+
+class FP8LinearCrossEntropy(LinearCrossEntropy):
+    """lm_head with softcap and loss, its GEMMs in FP8; x must come from a norm without learned scales."""
+
+    def __init__(
+        self, width: int, vocab: int, padded_vocab: int, softcap: float, recipe: Recipe, dtype: torch.dtype, emulated: bool,
+        in_bf16: frozenset[str] = frozenset(),
+    ):  # fmt: skip
+        """Allocate the weight (padded_vocab, width), both multiples of 16; `in_bf16` are the GEMMs left in bf16, not all three."""
+        super().__init__(width, vocab, padded_vocab, softcap, dtype)
+        self.projections = (Projection((self,), recipe, emulated, normed=True, in_bf16=in_bf16, of_logits=True),)
+
+    def loss(self, x: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """As `LinearCrossEntropy.loss`, of x (N, D) bf16 with |x| ≤ √D; elsewhere it saturates."""
+        loss_scale = scaling.active()
+        if loss_scale is None:
+            return super().loss(x, targets, scale)
+        scaling.owner(self.projections[0].x).begin(x.device, loss_scale)
+        loss: Tensor = _Loss.apply(x, self.weight, targets, self, scale, torch.is_grad_enabled())
+        return loss
+
+    def chunk(
+        self, x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, factor: Tensor, dx: Tensor | None, dw: Tensor | None
+    ) -> Tensor | None:
+        """Losses of a chunk of rows, and their gradients.
+
+        Args:
+            x: (R, D) bf16, R a multiple of 16.
+            weight: (V', D), of the parameter's dtype.
+            targets: (R,) int64.
+            losses: (R,) fp32, written.
+            factor: 0-D fp32, gradient of every valid token's loss.
+            dx: (R, D) bf16, written; None where no gradient is wanted.
+            dw: (V', D) fp32, sum over the chunks before, added to in place; None before the first.
+
+        Returns:
+            dw, or None where no gradient is wanted.
+        """
+        projection, w = self.projections[0], self.projections[0].weight()
+        site, cast, recipe = projection.x, weight.to(x.dtype), projection.recipe
+        in_fp8 = {gemm: gemm not in projection.in_bf16 for gemm in GEMMS}
+        kernels = site.kernels(x)
+        x_q, x_t = kernels.quantize(
+            x, site.scale, site.dtype, site.amax, rows=in_fp8["fprop"], columns=in_fp8["wgrad"] and dx is not None
+        )
+        shape, dy = (len(x), len(weight)), projection.dy
+        q = torch.empty(shape, dtype=dy.dtype, device=x.device) if in_fp8["dgrad"] and dx is not None else None
+        q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device) if in_fp8["wgrad"] and dx is not None else None
+        for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // 4):
+            part = slice(start, start + rows)
+            logits = x[part] @ cast.t() if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
+            if q is None and q_t is None:
+                of_bf16 = None if dx is None else factor
+                losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
+            else:
+                losses[part] = kernels.softcap_cross_entropy_quantize(
+                    logits, targets[part], self.vocab, self.softcap, dy.scale, factor if q is None or q_t is None else None,
+                    None if q is None else q[part], None if q_t is None else q_t[:, part],
+                )  # fmt: skip
+            if dx is not None and q is None:
+                torch.mm(logits, cast, out=dx[part])
+            if dx is not None and q_t is None:
+                dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
+                add_matmul_(dw, logits.t(), x[part])
+            del logits  # before the next part's are made
+        gradient = Quantized(q, q_t, dy.scale, dy.inverse * factor)
+        if dx is not None and q is not None:
+            assert w.t is not None
+            # Promoted to fp32 whatever the recipe says of dgrad: this one sums over the vocabulary.
+            dx.copy_(fp8_matmul(q, w.t, gradient.inverse, w.inverse, dx.dtype, False, emulated=projection.emulated))
+        if q_t is not None and x_t is not None:
+            fast = recipe.wgrad.fast_accumulation
+            product = fp8_matmul(q_t, x_t, gradient.inverse, site.inverse, torch.float32, fast, emulated=projection.emulated)
+            dw = product if dw is None else dw.add_(product)
+        return dw
