@@ -111,6 +111,7 @@ def render(done: Comparison) -> str:
     if not problems:
         verdict = '<p class="verdict">Every precision that runs here has trained: all finite, none diverged.</p>'
     parts = [page.heading(f"dry run · {done.device_name} · {done.date}", headline(done)), verdict]
+    parts.append(page.cards(_facts(done)))
     parts += ["<h2>Loss, nats per token</h2>", page.grid(*_losses(done, colored))]
     others = [entry for entry in colored if entry[0].precision != done.reference]
     if base is not None and others:
@@ -137,6 +138,25 @@ def render(done: Comparison) -> str:
     parts += ["<h2>How</h2>", *layers, page.details("configuration", page.table(list(config.items()), words=True))]
     parts.append(page.details("machine and versions", page.table(list(where.items()), words=True)))
     return page.page(f"dry run: {headline(done)}", *parts)
+
+
+def _facts(done: Comparison) -> list[tuple[str, str]]:
+    """What each precision comes to beside the reference, in figures that stand out."""
+    base, facts = done.of_reference(), []
+    for row in done.rows:
+        gap = done.gap(row)
+        if base is None or row.measured is None or gap is None:
+            continue
+        name, bytes_each = row.precision, row.measured.bytes_per_parameter
+        facts.append((f"{gap:.4f}", f"{name}: largest gap to {done.reference}, nats; that learned {learned(base.losses):.2f}"))
+        if (speed := done.speed(row)) is not None:
+            facts.append((f"{speed:.2f}×", f"{name}: speed"))
+        if (memory := done.memory(row)) is not None:
+            facts.append((f"{memory:.2f}×", f"{name}: peak memory"))
+        if row.measured.joules_per_token is not None and base.joules_per_token:
+            facts.append((f"{row.measured.joules_per_token / base.joules_per_token:.2f}×", f"{name}: energy"))
+        facts.append((f"{bytes_each:.1f} B", f"{name}: per parameter; {done.reference} {base.bytes_per_parameter:.1f}"))
+    return facts
 
 
 _Colored = list[tuple[Row, Measured, int]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 30
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 30
 POINTS = 500  # of a curve; more are drawn as means of neighbours
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 3")
 
@@ -33,9 +33,9 @@ h2{font-size:1.15rem;margin:2em 0 .6em}
 .card{padding:12px 14px}.card b{display:block;font-size:1.45rem;letter-spacing:-.01em}.card span{color:var(--soft);font-size:.85rem}
 figure{margin:0;padding:12px 12px 6px}figcaption{font-weight:600;display:flex;flex-wrap:wrap;gap:2px 12px}
 figcaption small{font-weight:400}svg{display:block;width:100%;height:auto;touch-action:pan-y}
-svg text{font-size:12px;fill:var(--soft);font-family:inherit}svg .axis{stroke:var(--line)}
+svg text{font-size:13px;fill:var(--soft);font-family:inherit}svg .axis{stroke:var(--line)}
 svg .value{fill:var(--ink);font-weight:600}
-output{display:block;min-height:1.6em;font-size:.85rem;font-variant-numeric:tabular-nums}
+output{display:block;min-height:1.6em;color:var(--soft);font-size:.85rem;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}
 th:first-child{text-align:left;font-weight:500;color:var(--soft)}td.words{text-align:left}
@@ -53,7 +53,7 @@ for(const c of d.c)for(const p of c.p)if(x===null||Math.abs(p[0]-v)<Math.abs(x-v
 const k=d.hi>d.lo?(x-d.lo)/(d.hi-d.lo):.5,px=d.l+k*(d.w-d.l-d.r);l.setAttribute("x1",px);l.setAttribute("x2",px);
 l.style.visibility="visible";o.textContent=d.u+" "+x+": "+d.c.map(c=>{const p=c.p.find(p=>p[0]===x);
 return p?c.n+" "+p[2]:null}).filter(Boolean).join(", ")};s.addEventListener("pointermove",at);s.addEventListener("pointerdown",at);
-s.addEventListener("pointerleave",()=>{l.style.visibility="hidden";o.textContent=""})}
+s.addEventListener("pointerleave",()=>{l.style.visibility="hidden"})}
 """
 
 
@@ -189,7 +189,7 @@ def chart(
     return (
         f'<figure data-x="{escape(json.dumps(data))}"><figcaption>{escape(title)} {legend}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
-        "<output></output></figure>"
+        "<output>point at it or touch it to read values</output></figure>"
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, gauges, memory, parallel, process, report, schedule
+from nanochat import checkpoint, gauges, memory, parallel, process, report, run_page, schedule
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
@@ -421,8 +421,8 @@ class Run:
         peak = memory.beside(
             metrics, self.config, self.model, self.plan.accumulation, self.world.size, gauges.peak_gib(self.world.device)
         )
-        picture = report.draw(self.directory)
-        metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; curves in {picture}")
+        report.draw(self.directory)
+        metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; report in {run_page.write(self.directory)}")
 
 
 def train(config: TrainConfig) -> None:
