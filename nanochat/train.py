@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, gauges, memory, parallel, process, report, run_page, schedule
+from nanochat import checkpoint, gauges, memory, parallel, process, report, run_page, schedule, step_profile
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
@@ -106,6 +106,8 @@ class Run:
         parallel.broadcast_parameters(self.parameters, self.owner)  # one truth, also among unlike devices
         self.start_step = self.progress.step
         with parallel.together():
+            if config.profile and self.plan.steps - self.start_step <= WARMUP_STEPS:
+                raise BadInput(f"--profile looks at a step behind {WARMUP_STEPS} of warm-up: this run has too few left")
             if config.run != "dummy":
                 require_wandb()  # before anything is moved
             self.batches = self._loader("train", loader_state)
@@ -231,10 +233,7 @@ class Run:
         self.say("runs: " + "; ".join(f"{part} {what}" for part, what in self.layers().items()))
         self.say(f"data: {data}; tokenizer: {self.tokenizer.vocab_size:,} entries")
         self.say(f"parameters: {counts}; {model.flops_per_token():.3g} FLOPs per token")
-        self.say(
-            f"plan: {plan.steps:,} steps of {plan.batch_tokens:,} tokens ({plan.accumulation} x {config.device_batch_size} rows x "
-            f"{config.max_seq_len} tokens x {self.world.size} ranks), Muon's weight decay {plan.weight_decay:.4g}"
-        )
+        self.say(f"plan: {plan.describe(config, self.world.size)}")
         if config.core_metric_every > 0:
             self.say("CORE is not evaluated here: --core-metric-every has no effect (-1 silences this line)")
         if self.start_step:
@@ -249,11 +248,12 @@ class Run:
             SystemExit: 1 after too many non-finite steps in a row, 128 + number after a signal, and where another rank
                 failed, its status.
         """
+        profiled = self.start_step + WARMUP_STEPS if self.config.profile and self.world.rank == 0 else None
         try:
             with StopRequest(speaks=self.world.rank == 0) as request:
-                while self.progress.step < self.plan.steps:
-                    self._before_step(self.progress.step, request)
-                    self.step()
+                while (step := self.progress.step) < self.plan.steps:
+                    self._before_step(step, request)
+                    (self._profile if step == profiled else self.step)()
                 self._before_step(self.plan.steps, request)
             self._tell(self._finish)
             parallel.agree(self.failure)
@@ -305,6 +305,12 @@ class Run:
         self._count_bad(step, bad)
         if step == self.start_step:
             process.stop_collecting()
+
+    def _profile(self) -> None:
+        """One update under the profiler."""
+        least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
+        lines = step_profile.record(self.step, self.directory / "profile", self.world.device, least)
+        self.say("\n".join(["profile of one step", *lines]))
 
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
