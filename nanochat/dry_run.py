@@ -31,9 +31,11 @@ import torch
 from nanochat import gauges, memory, metrics, parallel, process
 from nanochat.build import PRECISIONS, choose_precision
 from nanochat.checkpoint import environment
+from nanochat.dataset import resolve
 from nanochat.errors import BadInput
 from nanochat.gpt import GPTConfig
 from nanochat.planner import CONTEXT, UNUSABLE
+from nanochat.schedule import accumulation_steps
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import WARMUP_STEPS, Run
 from nanochat.train_config import TrainConfig
@@ -245,31 +247,37 @@ def reference_of(names: list[str]) -> str:
     return next((name for name in ("bf16", "fp32") if name in names), names[0])
 
 
-def unavailable(name: str, device: str) -> str:
-    """Why a precision cannot run here; "" where it can."""
+def unavailable(name: str, config: TrainConfig, shape: GPTConfig) -> str:
+    """Why a precision cannot train this here; "" where it can."""
     try:
-        choose_precision(name, device)
+        precision, _ = choose_precision(name, config.device_type)
     except BadInput as error:
         return str(error).removeprefix(f"--precision {name}: ")
-    return ""
+    return precision.refuses(config.device_batch_size * config.max_seq_len, shape.n_embd) or ""
 
 
-def fitting_rows(config: TrainConfig, names: list[str], free: float, vocab_size: int) -> int:
+def _shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    try:
+        return GPTConfig.from_depth(
+            config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
+            vocab_size=vocab_size, window_pattern=config.window_pattern,
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def fitting_rows(config: TrainConfig, names: list[str], free: float, shape: GPTConfig) -> int:
     """Rows of a micro-batch that every precision has room for: the largest power of two up to the default that does.
 
     Args:
-        config: the shape.
+        config: with the most rows wanted.
         names: precisions that run here.
         free: bytes of the GPU that nobody has.
-        vocab_size: of the tokenizer.
+        shape: of the model.
 
     Raises:
         BadInput: not one row fits.
     """
-    shape = GPTConfig.from_depth(
-        config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-        vocab_size=vocab_size, window_pattern=config.window_pattern,
-    )  # fmt: skip
     room = (free - CONTEXT) * (1 - UNUSABLE)
     capability, rows = torch.cuda.get_device_capability(), config.device_batch_size
     for name in names:
@@ -352,8 +360,6 @@ def _worker(config: TrainConfig, directory: Path) -> None:
 
 def _train(name: str, config: TrainConfig, directory: Path) -> Row:
     """Train one precision in a new process, and watch the board's memory from here meanwhile."""
-    if directory.exists():
-        shutil.rmtree(directory)
     board = gauges.board(torch.device(config.device_type))
     used = board.used() if isinstance(board, gauges.Board) else None
     most = used or 0
@@ -371,6 +377,15 @@ def _train(name: str, config: TrainConfig, directory: Path) -> Row:
         child.join()
         raise
     return _read(name, directory, child, None if used is None else (most - used) / 2**30)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an earlier dry run has left in a precision's folder, and nothing else."""
+    if not directory.exists():
+        return
+    if not any((directory / name).is_file() for name in (_RESULT, metrics.JSONL)):
+        raise BadInput(f"{directory} is not of an earlier dry run, so it is not overwritten: remove it, or give another --out")
+    shutil.rmtree(directory)
 
 
 def _read(name: str, directory: Path, child: BaseProcess, board_gib: float | None) -> Row:
@@ -403,14 +418,18 @@ def compare(config: TrainConfig, names: list[str], directory: Path, *, fit: bool
         raise BadInput(f"--steps is {config.num_iterations}: it must be at least {FEWEST}, {WARMUP_STEPS} are warm-up")
     if "WORLD_SIZE" in os.environ:
         raise BadInput("a dry run is one process on one device: start it without torchrun")
-    cuda = config.device_type == "cuda"
-    reasons = {name: unavailable(name, config.device_type) for name in names}
+    # What would fail in every process alike is refused before one is started.
+    resolve(config.data)
+    shape, cuda = _shape(config, Tokenizer.load(config.tokenizer).vocab_size), config.device_type == "cuda"
+    reasons = {name: unavailable(name, config, shape) for name in names}
     usable = [name for name in names if not reasons[name]]
     if not usable:
         raise BadInput("none of the precisions runs here: " + "; ".join(f"{name}: {reasons[name]}" for name in names))
-    tokenizer = Tokenizer.load(config.tokenizer)  # before any process is started: it fails for all of them alike
     if fit and cuda:
-        config = replace(config, device_batch_size=fitting_rows(config, usable, torch.cuda.mem_get_info()[0], tokenizer.vocab_size))
+        config = replace(config, device_batch_size=fitting_rows(config, usable, torch.cuda.mem_get_info()[0], shape))
+    accumulation_steps(config.total_batch_size, config.device_batch_size, config.max_seq_len, 1)
+    for name in usable:
+        _clear(directory / name)
     config = replace(config, warmup_steps=max(1, config.num_iterations // 5))
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     rows = [Row(name, unavailable=reasons[name]) if reasons[name] else _train(name, config, directory / name) for name in names]

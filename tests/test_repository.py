@@ -261,7 +261,7 @@ Makefile  commands
 # The two commands
 
 
-@pytest.mark.parametrize("target", ["train", "test", "lint"])
+@pytest.mark.parametrize("target", ["dry-run", "train", "test", "lint"])
 def test_every_command_builds_its_environment_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{target}: \$\(INSTALLED\)( |$)", makefile, re.MULTILINE)
