@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nanochat import page
-from nanochat.dry_run import BEHIND, Comparison, Measured, Row, learned
+from nanochat.dry_run import BEHIND, Comparison, Measured, Row, behind, learned
 from nanochat.train import WARMUP_STEPS
 
 # Of page.py's light scheme, for the picture.
@@ -95,10 +95,12 @@ def headline(done: Comparison) -> str:
     if base is None or not others:
         return f"{done.reference} runs here"
     if done.device == "cpu":
-        gap = max(done.gap(row) or 0 for row in others)
-        names = " and ".join(row.precision for row in others)
-        follow = "follows" if len(others) == 1 else "follow"
-        return f"{names} {follow} {done.reference} to within {gap:.3f} nats, {len(base.losses)} steps long"
+        ends = " and ".join(
+            f"{row.precision} ends {abs(behind(row.measured.losses, base.losses)):.3f} nats from {done.reference}"
+            for row in others
+            if row.measured
+        )
+        return f"{ends} after {len(base.losses)} steps"
     best = max(others, key=lambda row: done.speed(row) or 0)
     return f"{best.precision} trains {done.speed(best):.2f}× as fast as {done.reference}, in {done.memory(best):.2f}× the memory"
 
@@ -168,9 +170,9 @@ def _losses(done: Comparison, colored: _Colored) -> list[str]:
     limits = (min(finite) - 0.1, max(finite) + 0.1) if finite else None
     panels = []
     for row, measured, color in colored:
-        behind = [page.Curve(r.precision, range(len(m.losses)), m.losses, None) for r, m, _ in colored if r is not row]
+        others = [page.Curve(r.precision, range(len(m.losses)), m.losses, None) for r, m, _ in colored if r is not row]
         own = page.Curve(row.precision, range(len(measured.losses)), measured.losses, color)
-        panels.append(page.chart(row.precision, [*behind, own], lambda y: f"{y:.4g}", limits=limits))
+        panels.append(page.chart(row.precision, [*others, own], lambda y: f"{y:.4g}", limits=limits))
     return panels
 
 

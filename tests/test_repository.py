@@ -258,7 +258,7 @@ Makefile  commands
     }
 
 
-# The two commands
+# The commands
 
 
 @pytest.mark.parametrize("target", ["dry-run", "train", "test", "lint"])

@@ -13,9 +13,9 @@ from nanochat.train_config import TrainConfig
 
 def measured(losses: list[float], rate: float, gib: float, joules: float | None = 0.002) -> Measured:
     return Measured(
-        layers={"head": "bf16 <operands>"}, losses=losses, bad_steps=0, tokens=100,
-        seconds=[9.0] * 3 + [100 / rate] * (len(losses) - 3), warm_up=27.0, parameters=1000, bytes_per_parameter=12.0, mfu=0.5, gib=gib, predicted_gib=gib + 1, joules_per_token=joules,
-        no_energy="" if joules else "no counter", board_gib=2 * gib if joules else None,
+        layers={"head": "bf16 <operands>"}, losses=losses, bad_steps=0, seconds=[9.0] * 3 + [100 / rate] * (len(losses) - 3),
+        tokens=100, warm_up=27.0, parameters=1000, bytes_per_parameter=12.0, mfu=0.5, gib=gib, predicted_gib=gib + 1,
+        joules_per_token=joules, no_energy="" if joules else "no counter", board_gib=2 * gib if joules else None,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_a_page_of_a_gpu() -> None:
 def test_a_cpu_says_that_speed_is_not_judged(tmp_path: Path) -> None:
     rows = [Row("fp32", measured(LINE, 1000, 1.0, None)), Row("fp8-emulated", measured([x - 0.02 for x in LINE], 100, 1.0, None))]
     done = Comparison(rows, "fp32", "cpu", "CPU", TrainConfig(), {}, "today")
-    assert headline(done) == "fp8-emulated follows fp32 to within 0.020 nats, 20 steps long"
+    assert headline(done) == "fp8-emulated ends 0.020 nats from fp32 after 20 steps"
     assert any("Speed and memory are not judged" in remark for remark in remarks(done))
     assert not any("×)" in cell for row in table(done) for cell in row)
     html = render(done)

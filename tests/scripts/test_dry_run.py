@@ -29,7 +29,7 @@ def test_a_dry_run_without_a_gpu(
     small = ("--depth", "1", "--steps", "4", "--data", torch_texts, "--out", str(out))
     assert dry(monkeypatch, *small) == 0
     printed = capsys.readouterr().out
-    for fragment in ("fp8-emulated follows fp32", "largest gap to fp32", "Speed and memory are not judged", "report.html"):
+    for fragment in ("nats from fp32 after 4 steps", "largest gap to fp32", "Speed and memory are not judged", "report.html"):
         assert fragment in printed, printed
     written = json.loads((out / "report.json").read_text())
     assert [row["precision"] for row in written["rows"]] == ["fp32", "fp8-emulated"] and written["speed_is_judged"] is False
