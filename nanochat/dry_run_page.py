@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nanochat import page
 from nanochat.dry_run import BEHIND, Comparison, Measured, Row, behind, learned
@@ -31,7 +32,7 @@ def table(done: Comparison) -> list[list[str]]:
         ("board memory (NVML), GiB", lambda row, m: _form(m.board_gib, "{:.2f}") + _ratio(_board_ratio(done, m))),
         ("bytes per parameter", lambda _, m: f"{m.bytes_per_parameter:.2f}"),
         (f"first {WARMUP_STEPS} steps, s", lambda _, m: f"{m.warm_up:.1f}"),
-        ("energy, mJ per token", lambda _, m: _form(None if m.joules_per_token is None else 1e3 * m.joules_per_token, "{:.3g}")),
+        ("energy, mJ per token", lambda _, m: _form(None if m.joules_per_token is None else 1e3 * m.joules_per_token, "{:.2f}")),
     ]
     cells = [["", *(row.precision for row in done.rows)]]
     cells += [[name, *(_NONE if row.measured is None else of(row, row.measured) for row in done.rows)] for name, of in lines]
@@ -113,7 +114,7 @@ def render(done: Comparison) -> str:
     if not problems:
         verdict = '<p class="verdict">Every precision that runs here has trained: all finite, none diverged.</p>'
     parts = [page.heading(f"dry run · {done.device_name} · {done.date}", headline(done)), verdict]
-    parts.append(page.cards(_facts(done)))
+    parts += [page.cards(facts) for row in done.rows if (facts := _facts(done, row))]
     parts += ["<h2>Loss, nats per token</h2>", page.grid(*_losses(done, colored))]
     others = [entry for entry in colored if entry[0].precision != done.reference]
     if base is not None and others:
@@ -125,7 +126,7 @@ def render(done: Comparison) -> str:
         parts += [f"<h2>Gap to {escape(done.reference)}, and speed</h2>"]
         parts.append(
             page.grid(
-                page.chart(f"loss less {done.reference}'s", gaps, lambda y: f"{y:+.4f}"),
+                page.chart(f"loss less {done.reference}'s", gaps, lambda y: f"{y:+.3g}"),
                 page.chart("tokens per second", _rates(colored), lambda y: f"{y:,.0f}", zero=True),
             )
         )
@@ -142,23 +143,20 @@ def render(done: Comparison) -> str:
     return page.page(f"dry run: {headline(done)}", *parts)
 
 
-def _facts(done: Comparison) -> list[tuple[str, str]]:
-    """What each precision comes to beside the reference, in figures that stand out."""
-    base, facts = done.of_reference(), []
-    for row in done.rows:
-        gap = done.gap(row)
-        if base is None or row.measured is None or gap is None:
-            continue
-        name, bytes_each = row.precision, row.measured.bytes_per_parameter
-        facts.append((f"{gap:.4f}", f"{name}: largest gap to {done.reference}, nats; that learned {learned(base.losses):.2f}"))
-        if (speed := done.speed(row)) is not None:
-            facts.append((f"{speed:.2f}×", f"{name}: speed"))
-        if (memory := done.memory(row)) is not None:
-            facts.append((f"{memory:.2f}×", f"{name}: peak memory"))
-        if row.measured.joules_per_token is not None and base.joules_per_token:
-            facts.append((f"{row.measured.joules_per_token / base.joules_per_token:.2f}×", f"{name}: energy"))
-        facts.append((f"{bytes_each:.1f} B", f"{name}: per parameter; {done.reference} {base.bytes_per_parameter:.1f}"))
-    return facts
+def _facts(done: Comparison, row: Row) -> list[tuple[str, str]]:
+    """What a precision comes to beside the reference, in figures that stand out."""
+    base, gap, name = done.of_reference(), done.gap(row), row.precision
+    if base is None or row.measured is None or gap is None:
+        return []
+    facts = [(f"{gap:.4f}", f"{name}: largest gap to {done.reference}, nats, which learned {learned(base.losses):.2f}")]
+    ratios = {"speed": done.speed(row), "peak memory": done.memory(row), "energy": None}
+    if row.measured.joules_per_token is not None and base.joules_per_token:
+        ratios["energy"] = row.measured.joules_per_token / base.joules_per_token
+    facts += [(f"{ratio:.2f}×", f"{name}: {what}") for what, ratio in ratios.items() if ratio is not None]
+    return [
+        *facts,
+        (f"{row.measured.bytes_per_parameter:.1f} B", f"{name}: a parameter; {done.reference} {base.bytes_per_parameter:.1f}"),
+    ]
 
 
 _Colored = list[tuple[Row, Measured, int]]
@@ -195,7 +193,7 @@ def _costs(done: Comparison, colored: _Colored) -> list[str]:
             lambda row, m: f"{m.tokens_per_second:,.0f}{_ratio(done.speed(row))}",
         ),
         of("peak memory, GiB", lambda _, m: m.gib, lambda row, m: f"{m.gib:.1f}{_ratio(done.memory(row))}"),
-        of("energy, mJ per token", lambda _, m: m.joules_per_token, lambda _, m: f"{1e3 * (m.joules_per_token or 0):.3g}"),
+        of("energy, mJ per token", lambda _, m: m.joules_per_token, lambda _, m: f"{1e3 * (m.joules_per_token or 0):.2f}"),
         of("first steps, s", lambda _, m: m.warm_up, lambda _, m: f"{m.warm_up:.1f}"),
     ]
 
@@ -216,6 +214,7 @@ def draw(done: Comparison, path: Path) -> None:
     for axes, title in ((left, "loss, nats per token"), (right, f"loss less {done.reference}'s")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:

@@ -28,7 +28,7 @@ h1{font-size:clamp(1.5rem,4.5vw,2.4rem);line-height:1.2;margin:.1em 0 .3em;lette
 h2{font-size:1.15rem;margin:2em 0 .6em}
 .kicker,.note,figcaption small{color:var(--soft)}.kicker{margin:0}.note{font-size:.9rem}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
-.cards{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));margin:1.2em 0}
+.cards{display:grid;gap:10px;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));margin:10px 0}
 .card,figure,.scroll,details,pre{background:var(--card);border:1px solid var(--line);border-radius:12px}
 .card{padding:12px 14px}.card b{display:block;font-size:1.45rem;letter-spacing:-.01em}.card span{color:var(--soft);font-size:.85rem}
 figure{margin:0;padding:12px 12px 6px}figcaption{font-weight:600;display:flex;flex-wrap:wrap;gap:2px 12px}
@@ -37,12 +37,13 @@ svg text{font-size:13px;fill:var(--soft);font-family:inherit}svg .axis{stroke:va
 svg .value{fill:var(--ink);font-weight:600}
 output{display:block;min-height:1.6em;color:var(--soft);font-size:.85rem;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}
+th,td{max-width:17em;padding:7px 12px;text-align:right;vertical-align:top;border-top:1px solid var(--line)}
+tr:first-child>*{border-top:0}
 th:first-child{text-align:left;font-weight:500;color:var(--soft)}td.words{text-align:left}
 .good{color:var(--good)}.bad{color:var(--bad)}.verdict{padding:10px 14px;border-left:4px solid var(--good);background:var(--card);
 border-radius:6px}.verdict.fails{border-color:var(--bad)}
 pre{padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;margin:.5em 0}
-details{padding:10px 14px;margin:10px 0}summary{cursor:pointer;font-weight:600}details td,details th{text-align:left;
+details{padding:10px 14px;margin:10px 0}summary{cursor:pointer;font-weight:600}details td,details th{max-width:none;text-align:left;
 overflow-wrap:anywhere}
 """
 _SCRIPT = """

@@ -40,7 +40,7 @@ def test_the_table_has_every_figure() -> None:
     assert cells["peak memory, allocator, GiB"] == ["10.00 (1.00×)", "8.00 (0.80×)", "-", "-"]
     assert cells["board memory (NVML), GiB"] == ["20.00 (1.00×)", "16.00 (0.80×)", "-", "-"]
     assert cells["bytes per parameter"] == ["12.00", "12.00", "-", "-"]
-    assert cells["energy, mJ per token"] == ["2", "1.5", "-", "-"]
+    assert cells["energy, mJ per token"] == ["2.00", "1.50", "-", "-"]
     assert cells["in short"] == ["the reference", "agrees", "unavailable: transformer-engine is <not> installed", "FAILS"]
 
 
