@@ -144,13 +144,16 @@ class Comparison:
     def speed(self, row: Row) -> float | None:
         """Throughput over the reference's; None on a CPU, where emulation is no measure of FP8."""
         base = self.of_reference()
-        judged = self.device == "cuda" and base is not None and row.measured is not None
-        return row.measured.tokens_per_second / base.tokens_per_second if judged and base and row.measured else None
+        if self.device != "cuda" or base is None or row.measured is None:
+            return None
+        return row.measured.tokens_per_second / base.tokens_per_second
 
     def memory(self, row: Row) -> float | None:
         """The allocator's peak over the reference's; None on a CPU."""
         base = self.of_reference()
-        return row.measured.gib / base.gib if self.device == "cuda" and base and row.measured else None
+        if self.device != "cuda" or base is None or row.measured is None:
+            return None
+        return row.measured.gib / base.gib
 
     def problems(self) -> list[str]:
         """What makes the dry run fail, a line each, beginning with the name of the row."""
