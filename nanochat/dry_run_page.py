@@ -148,7 +148,7 @@ def _facts(done: Comparison, row: Row) -> list[tuple[str, str]]:
     base, gap, name = done.of_reference(), done.gap(row), row.precision
     if base is None or row.measured is None or gap is None:
         return []
-    facts = [(f"{gap:.4f}", f"{name}: largest gap to {done.reference}, nats, which learned {learned(base.losses):.2f}")]
+    facts = [(f"{gap:.4f}", f"{name}: largest gap to {done.reference}, which learned {learned(base.losses):.2f} nats")]
     ratios = {"speed": done.speed(row), "peak memory": done.memory(row), "energy": None}
     if row.measured.joules_per_token is not None and base.joules_per_token:
         ratios["energy"] = row.measured.joules_per_token / base.joules_per_token
