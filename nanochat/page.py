@@ -45,6 +45,7 @@ border-radius:6px}.verdict.fails{border-color:var(--bad)}
 pre{padding:12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;margin:.5em 0}
 details{padding:10px 14px;margin:10px 0}summary{cursor:pointer;font-weight:600}details td,details th{max-width:none;text-align:left;
 overflow-wrap:anywhere}
+details table{table-layout:fixed}details th{width:16em}@media(max-width:600px){details th{width:10em}}
 """
 _SCRIPT = """
 for(const f of document.querySelectorAll("figure[data-x]")){const d=JSON.parse(f.dataset.x),s=f.querySelector("svg"),
