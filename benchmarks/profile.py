@@ -10,55 +10,26 @@ so the card would clock higher. The last line is timed without the profiler; wha
 """
 
 import os
-import re
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity
 
-import nvfp8
 from nanochat.build import PRECISIONS, EngineOptions, build_model, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.step_profile import Kernel, by_family, family, recorded
 from scripts.engine_flags import add_engine_flags, engine_options
 
-Kernel = tuple[str, int, float]  # name, launches, milliseconds
 
-_KERNEL = re.compile(r"^@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
-OURS = frozenset(name for path in Path(nvfp8.__path__[0], "kernels").glob("*.py") for name in _KERNEL.findall(path.read_text()))
-# After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
-FAMILIES = (
-    ("attention", re.compile(r"cudnn|sdpa|flash|fmha", re.IGNORECASE)),
-    ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk", re.IGNORECASE)),
-    ("Transformer Engine", re.compile(r"transformer_engine")),
-    ("embedding gradients", re.compile(r"embedding|cub::|krn_partial|partial_segments|compute_grad_weight|sum_and_scatter")),
-    ("casts and copies", re.compile(r"copy|memcpy|memset|FillFunctor|(?<!broad)cast|transpose|quantize|amax", re.IGNORECASE)),
-    ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add")),
-)
-
-
-def family(kernel: str) -> str:
-    """The family of a kernel, by the name that the profiler gives it."""
-    if kernel in OURS:
-        return "our Triton kernels"
-    return next((name for name, pattern in FAMILIES if pattern.search(kernel)), "other")
-
-
-def table(kernels: Iterable[Kernel], micro_batches: int, largest: int = 24) -> list[str]:
+def table(kernels: Sequence[Kernel], micro_batches: int, largest: int = 24) -> list[str]:
     """The lines to print: families by time, their sum, then the `largest` kernels; all per micro-batch."""
     rows = [(family(name), name, launches / micro_batches, ms / micro_batches) for name, launches, ms in kernels]
     total = sum(ms for *_, ms in rows)
-    sums: dict[str, tuple[float, float]] = {}
-    for kind, _, launches, ms in rows:
-        before = sums.get(kind, (0.0, 0.0))
-        sums[kind] = before[0] + launches, before[1] + ms
     lines = [f"{'family':<24}{'ms':>9}{'share':>9}{'launches':>10}"]
-    for kind, (launches, ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
+    for kind, (launches, ms) in by_family(kernels, micro_batches).items():
         lines.append(f"{kind:<24}{ms:>9.2f}{ms / total:>9.1%}{launches:>10.0f}")
     lines.append(f"{'sum of kernels':<24}{total:>9.2f}")
     lines.append("")
@@ -114,13 +85,7 @@ def main() -> None:
     model.scaling.update()  # delayed scaling has a history from here on
     micro_batches(1)
     wall = micro_batches(args.micro_batches)
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        micro_batches(args.micro_batches)
-    kernels = [
-        (row.key, row.count, row.self_device_time_total / 1e3)
-        for row in profiler.key_averages()
-        if row.device_type == DeviceType.CUDA and not row.is_user_annotation
-    ]
+    kernels, _ = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda"))
     print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; per micro-batch, mean of {args.micro_batches}\n")
     print("\n".join(table(kernels, args.micro_batches)))

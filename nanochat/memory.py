@@ -287,8 +287,8 @@ def largest_batch(setup: Setup, room: float, counted: Counted | None = None) -> 
     return low
 
 
-def of_run(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> Prediction:
-    """Predict the peak of a run that has built its model.
+def setup_of(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> Setup:
+    """The setup of a run that has built its model.
 
     Args:
         config: its flags.
@@ -298,11 +298,22 @@ def of_run(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> Pr
     """
     device = model.cos.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    setup = Setup(
+    return Setup(
         model.config, model.precision, config.device_batch_size, accumulation, config.formats, model.attention_backend,
         config.deterministic, config.update_early, ranks, capability,
     )  # fmt: skip
+
+
+def of_run(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> Prediction:
+    """Predict the peak of a run that has built its model; arguments as of `setup_of`."""
+    setup = setup_of(config, model, accumulation, ranks)
     return predict(setup, Counted(setup, config.adamw))
+
+
+def bytes_per_parameter(counted: Counted) -> float:
+    """What lasts for the sake of parameters: weights, FP8 copies, optimizer state and masters, gradients; over their number."""
+    held = counted.lasting() | counted.gradients()
+    return sum(size for what, size in held.items() if "workspace" not in what) / counted.model.parameter_counts()["total"]
 
 
 def beside(metrics: Metrics, config: TrainConfig, model: GPT, accumulation: int, ranks: int, measured: float) -> str:
@@ -312,7 +323,7 @@ def beside(metrics: Metrics, config: TrainConfig, model: GPT, accumulation: int,
 
     Args:
         metrics: of the run.
-        config: as for `of_run`, and so the next three.
+        config: as for `setup_of`, and so the next three.
         model: what was trained.
         accumulation: micro-batches of a step.
         ranks: processes.

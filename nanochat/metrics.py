@@ -149,7 +149,7 @@ class Metrics:
             self._wandb = None
 
     def _record(self, kind: str, **values: Any) -> None:
-        line = json.dumps(_finite({"kind": kind, "step": self._step, **values}), allow_nan=False, default=str)
+        line = json.dumps(finite({"kind": kind, "step": self._step, **values}), allow_nan=False, default=str)
         with _writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -216,12 +216,12 @@ def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
     os.replace(aside, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with every non-finite float as the string that protobuf's JSON uses for it."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

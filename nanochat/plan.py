@@ -30,6 +30,11 @@ class Plan:
     accumulation: int
     weight_decay: float
 
+    def describe(self, config: TrainConfig, ranks: int) -> str:
+        """What a run says of it at its start."""
+        batch = f"{self.accumulation} x {config.device_batch_size} rows x {config.max_seq_len} tokens x {ranks} ranks"
+        return f"{self.steps:,} steps of {self.batch_tokens:,} tokens ({batch}), Muon's weight decay {self.weight_decay:.4g}"
+
 
 def _scaling_parameters(model: GPT) -> int:
     counts = model.parameter_counts()

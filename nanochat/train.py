@@ -14,7 +14,6 @@ writes metrics). All of them then end, rather than wait for one that is gone.
 """
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, memory, parallel, process, report, schedule
+from nanochat import checkpoint, gauges, memory, parallel, process, report, run_page, schedule, step_profile
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
@@ -42,7 +41,6 @@ from nanochat.signals import StopRequest
 from nanochat.te_adam import check as check_adamw
 from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
-from nvfp8 import hardware
 from nvfp8.optim import UpdateEarly
 
 WARMUP_STEPS = 3  # of this process: kernels are compiled, memory is taken; they say nothing about its speed
@@ -68,8 +66,13 @@ class Progress:
 class Run:
     """One training run on one rank: what was built, and what is done with it."""
 
-    def __init__(self, config: TrainConfig, world: parallel.World):
+    def __init__(self, config: TrainConfig, world: parallel.World, directory: Path | None = None):
         """Build data, model and optimizers, and load the checkpoint to resume from.
+
+        Args:
+            config: the flags.
+            world: this process among all.
+            directory: what the run writes to; None is the tag's, below the base directory.
 
         Raises:
             BadInput: something the flags ask for cannot be had.
@@ -96,13 +99,15 @@ class Run:
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
         self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
         self._build_optimizers()
-        self.directory = base_dir() / "base_checkpoints" / config.tag
+        self.directory = directory or base_dir() / "base_checkpoints" / config.tag
         self.progress = Progress()
         self.changed: list[str] = []
         loader_state = self._resume()
         parallel.broadcast_parameters(self.parameters, self.owner)  # one truth, also among unlike devices
         self.start_step = self.progress.step
         with parallel.together():
+            if config.profile and self.plan.steps - self.start_step <= WARMUP_STEPS:
+                raise BadInput(f"--profile looks at a step behind {WARMUP_STEPS} of warm-up: this run has too few left")
             if config.run != "dummy":
                 require_wandb()  # before anything is moved
             self.batches = self._loader("train", loader_state)
@@ -192,11 +197,11 @@ class Run:
 
     def _open_metrics(self) -> Metrics:
         name = None if self.config.run == "dummy" else self.config.run
-        asked = {**asdict(self.config), "plan": asdict(self.plan), "model": asdict(self.model.config), **self._layers()}
+        asked = {**asdict(self.config), "plan": asdict(self.plan), "model": asdict(self.model.config), **self.layers()}
         asked["unigram_bits_per_byte"] = self.unigram
         return Metrics(self.directory, self.plan.steps, asked, wandb_run=name, start_step=self.start_step)
 
-    def _layers(self) -> dict[str, str]:
+    def layers(self) -> dict[str, str]:
         """What every part of the model really runs in."""
         precision, stored = self.model.precision, self.config.formats
         layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
@@ -225,13 +230,10 @@ class Run:
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
         counts = ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
         self.say(f"device: {self.world.size} x {device}; precision {model.precision.name} ({why})")
-        self.say("runs: " + "; ".join(f"{part} {what}" for part, what in self._layers().items()))
+        self.say("runs: " + "; ".join(f"{part} {what}" for part, what in self.layers().items()))
         self.say(f"data: {data}; tokenizer: {self.tokenizer.vocab_size:,} entries")
         self.say(f"parameters: {counts}; {model.flops_per_token():.3g} FLOPs per token")
-        self.say(
-            f"plan: {plan.steps:,} steps of {plan.batch_tokens:,} tokens ({plan.accumulation} x {config.device_batch_size} rows x "
-            f"{config.max_seq_len} tokens x {self.world.size} ranks), Muon's weight decay {plan.weight_decay:.4g}"
-        )
+        self.say(f"plan: {plan.describe(config, self.world.size)}")
         if config.core_metric_every > 0:
             self.say("CORE is not evaluated here: --core-metric-every has no effect (-1 silences this line)")
         if self.start_step:
@@ -246,11 +248,12 @@ class Run:
             SystemExit: 1 after too many non-finite steps in a row, 128 + number after a signal, and where another rank
                 failed, its status.
         """
+        profiled = self.start_step + WARMUP_STEPS if self.config.profile and self.world.rank == 0 else None
         try:
             with StopRequest(speaks=self.world.rank == 0) as request:
-                while self.progress.step < self.plan.steps:
-                    self._before_step(self.progress.step, request)
-                    self._step()
+                while (step := self.progress.step) < self.plan.steps:
+                    self._before_step(step, request)
+                    (self._profile if step == profiled else self.step)()
                 self._before_step(self.plan.steps, request)
             self._tell(self._finish)
             parallel.agree(self.failure)
@@ -276,7 +279,7 @@ class Run:
             self.say(f"stopped by {who}: step {step} is saved, --resume goes on from it")
             self._leave(128 + (signal.value if signal else 15))
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One update from `accumulation` micro-batches, and its record."""
         start = time.perf_counter()
         step, plan, config = self.progress.step, self.plan, self.config
@@ -302,6 +305,12 @@ class Run:
         self._count_bad(step, bad)
         if step == self.start_step:
             process.stop_collecting()
+
+    def _profile(self) -> None:
+        """One update under the profiler."""
+        least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
+        lines = step_profile.record(self.step, self.directory / "profile", self.world.device, least)
+        self.say("\n".join(["profile of one step", *lines]))
 
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
@@ -362,25 +371,12 @@ class Run:
             StepRecord(
                 step=step, loss=loss, lr_multiplier=multiplier, seconds=seconds, tokens=self.plan.batch_tokens,
                 tokens_per_second=rate,
-                mfu=self._mfu(rate),
-                memory_gib=self._memory_gib(),
+                mfu=gauges.mfu(rate, self.model, self.world.size),
+                memory_gib=gauges.peak_gib(self.world.device),
                 eta_seconds=None if done <= WARMUP_STEPS else elapsed / (done - WARMUP_STEPS) * left,
                 epoch=self.batches.epoch, grad_norm=norm,
             )
         )  # fmt: skip
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOP/s over the bf16 peak of all devices."""
-        peaks = hardware.peaks(torch.cuda.get_device_name()) if self.world.device.type == "cuda" else None
-        if peaks is None:
-            return None
-        return tokens_per_second * self.model.flops_per_token() / (peaks.bf16 * self.world.size)
-
-    def _memory_gib(self) -> float:
-        """Peak so far: of the GPU's allocator, or of this process."""
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
     def _evaluate(self, request: StopRequest) -> bool:
         """Measure and record the validation loss; False if a signal to any rank ended that early."""
@@ -411,7 +407,7 @@ class Run:
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "plan": asdict(self.plan),
-            "layers": self._layers(),
+            "layers": self.layers(),
             "tokenizer": {"fingerprint": self.tokenizer.fingerprint, "vocab_size": self.tokenizer.vocab_size},
             "data": {"source": self.config.data, "position": self.batches.state_dict()},
             "progress": asdict(self.progress),
@@ -428,9 +424,11 @@ class Run:
         best = self.progress.best_bpb
         if best is not None:
             metrics.message(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
-        peak = memory.beside(metrics, self.config, self.model, self.plan.accumulation, self.world.size, self._memory_gib())
-        picture = report.draw(self.directory)
-        metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; curves in {picture}")
+        peak = memory.beside(
+            metrics, self.config, self.model, self.plan.accumulation, self.world.size, gauges.peak_gib(self.world.device)
+        )
+        report.draw(self.directory)
+        metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; report in {run_page.write(self.directory)}")
 
 
 def train(config: TrainConfig) -> None:

@@ -62,6 +62,7 @@ class TrainConfig:
     update_early: bool = False
     attention: str = "auto"
     deterministic: bool = False
+    profile: bool = False
     max_bad_steps: int = 5
     seed: int = 42
     data: str = "python"

@@ -92,6 +92,11 @@ def _parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")
     parser.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU, at some cost in speed")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="one step by kernel family, with its trace and a snapshot of memory, beside the metrics",
+    )
     add(ours, "max-bad-steps", int, "stop after this many steps in a row with a non-finite loss or gradient")
     add(ours, "seed", int, "of the initial weights and the order of the documents")
     add_engine_flags(parser)

@@ -31,7 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = PROJECT["dependencies"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Where the name that is imported is not the distribution's.
-DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "transformer_engine": "transformer-engine"}
+DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "pynvml": "nvidia-ml-py", "transformer_engine": "transformer-engine"}
 # Used where somebody has built it, and never required: FlashAttention 3 is no package that pip can resolve.
 UNDECLARED = {"flash_attn_interface"}
 
@@ -258,10 +258,10 @@ Makefile  commands
     }
 
 
-# The two commands
+# The commands
 
 
-@pytest.mark.parametrize("target", ["train", "test", "lint"])
+@pytest.mark.parametrize("target", ["dry-run", "train", "test", "lint"])
 def test_every_command_builds_its_environment_first(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{target}: \$\(INSTALLED\)( |$)", makefile, re.MULTILINE)

@@ -73,7 +73,7 @@ def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: 
     texts = [f"the loss of step {i} is {i * i}" for i in range(200)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Tokenizer.train(texts, 290).save(base_dir() / "tokenizer")
-    counters, real = dynamo.utils.counters, Run._step
+    counters, real = dynamo.utils.counters, Run.step
     built: list[str] = []
     steps: list[tuple[int, int]] = []  # how long `built` was before and after each
 
@@ -85,7 +85,7 @@ def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: 
     def listen(*, key: str, fn: Any, **others: object) -> None:
         built.append(f"{fn.name} {key}")
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(Run, "step", step)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", listen)
     # As in a process that has just begun: what other tests compiled would hide what is compiled here.
     for module in [module for name, module in sys.modules.items() if name.startswith("nvfp8.kernels.")]:

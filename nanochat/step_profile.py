@@ -1,0 +1,190 @@
+"""Where a step's time goes: GPU kernels by family, beside the time they cannot go below.
+
+    floor = FLOPs / peak of their format     for GEMMs and attention
+          = bytes / bandwidth                for what lies between them, and for the optimizers' passes
+
+FLOPs and bytes are counted (`nanochat/roofline.py`), not measured: what our kernels must move, whatever they do. So a family far
+from its floor is either slow or does what it need not. A kernel is in exactly one family, found by its name, and what no family
+claims is under "other": look at the trace before believing a small "other".
+
+The trace opens in https://ui.perfetto.dev, the snapshot of the allocator in https://pytorch.org/memory_viz: both pages read a file
+where it is. The snapshot is a pickle, for that is what PyTorch writes; nothing of ours reads it.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+import nvfp8
+from nanochat import gauges, memory, roofline
+from nanochat.errors import BadInput
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.train_config import TrainConfig
+from nvfp8.hardware import Peaks
+
+Kernel = tuple[str, int, float]  # name, launches, milliseconds
+TRACE, SNAPSHOT, TABLE = "trace.json.gz", "memory.pickle", "table.txt"
+HISTORY = 200_000  # allocations and frees that the snapshot goes back
+
+_KERNEL = re.compile(r"^@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
+_FILES = {path.stem: _KERNEL.findall(path.read_text()) for path in Path(nvfp8.__path__[0], "kernels").glob("*.py")}
+_BY_FILE = {"gemm_fp8": "GEMMs", "symmetric": "GEMMs", "adamw": "optimizers' kernels", "muon": "optimizers' kernels"}
+OURS = {name: _BY_FILE.get(stem, "our Triton kernels") for stem, names in _FILES.items() for name in names}
+# After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
+FAMILIES = (
+    ("attention", re.compile(r"cudnn|sdpa|flash|fmha", re.IGNORECASE)),
+    ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|aten::\w*mm$", re.IGNORECASE)),
+    ("Transformer Engine", re.compile(r"transformer_engine")),
+    ("embedding gradients", re.compile(r"embedding|cub::|krn_partial|partial_segments|compute_grad_weight|sum_and_scatter")),
+    ("casts and copies", re.compile(r"copy|memcpy|memset|FillFunctor|(?<!broad)cast|transpose|quantize|amax", re.IGNORECASE)),
+    ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add")),
+)
+_LIMITED_BY_FLOPS = ("GEMMs", "attention")
+
+
+def family(kernel: str) -> str:
+    """The family of a kernel, by the name that the profiler gives it."""
+    return OURS.get(kernel) or next((name for name, pattern in FAMILIES if pattern.search(kernel)), "other")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What one step must do.
+
+    Attributes:
+        gemms: FLOPs by format: "FP8" and "bf16".
+        attention: its FLOPs, of the keys that queries see.
+        moved: bytes between GEMMs and in the optimizers' passes.
+    """
+
+    gemms: dict[str, float]
+    attention: float
+    moved: float
+
+    def milliseconds(self, known: Peaks) -> dict[str, float]:
+        """Shortest times: of "GEMMs", "attention" and "all else"."""
+        rates = {"bf16": known.bf16, "FP8": known.fp8 or known.bf16}
+        seconds = sum(flops / rates[kind] for kind, flops in self.gemms.items())
+        return {
+            "GEMMs": 1e3 * seconds,
+            "attention": 1e3 * self.attention / known.bf16,
+            "all else": 1e3 * self.moved / known.bandwidth,
+        }
+
+
+def floor_of(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> Floor:
+    """The floor of a run's step; arguments as of `memory.setup_of`."""
+    counted = memory.Counted(memory.setup_of(config, model, accumulation, ranks))
+    return floor(roofline.work(counted, config.device_batch_size), model.config, config.device_batch_size, accumulation)
+
+
+def floor(done: roofline.Work, shape: GPTConfig, rows: int, accumulation: int) -> Floor:
+    """The floor of a step of `accumulation` micro-batches of `rows` rows, each of which does `done`."""
+    seen = sum(roofline.keys(shape, layer) for layer in range(shape.n_layer))
+    return Floor(
+        {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + done.polar},
+        accumulation * 12 * shape.n_embd * rows * shape.sequence_len * seen,
+        accumulation * done.moved + done.updated,
+    )
+
+
+def by_family(kernels: Iterable[Kernel], parts: int = 1) -> dict[str, tuple[float, float]]:
+    """Launches and milliseconds by family, the longest first, divided by `parts`."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, launches, ms in kernels:
+        before = sums.get(family(name), (0.0, 0.0))
+        sums[family(name)] = before[0] + launches / parts, before[1] + ms / parts
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -> list[str]:
+    """The lines to print.
+
+    Args:
+        kernels: of one step.
+        least: what it must do; None where that is not counted.
+        known: peaks of the device; None where they are not known, and so no floor is.
+    """
+    sums = by_family(kernels)
+    total = sum(ms for _, ms in sums.values())
+    floors = least.milliseconds(known) if least and known else {}
+    work = {} if least is None else {"GEMMs": f"{sum(least.gemms.values()) / 1e12:.1f} TFLOP"}
+    work |= {} if least is None else {"attention": f"{least.attention / 1e12:.1f} TFLOP", "all else": f"{least.moved / 1e9:.1f} GB"}
+
+    def line(name: str, launches: float, ms: float, group: str = "") -> str:
+        shortest = floors.get(group)
+        end = f"{shortest:>11.2f}{shortest / ms:>9.1%}" if shortest is not None and ms else f"{'-':>11}{'-':>9}"
+        return f"{name:<26}{ms:>10.2f}{ms / total if total else 0:>8.1%}{launches:>10.0f}{work.get(group, '-'):>16}" + (
+            end if group else ""
+        )
+
+    others = {name: value for name, value in sums.items() if name not in _LIMITED_BY_FLOPS}
+    lines = [f"{'family':<26}{'ms':>10}{'share':>8}{'launches':>10}{'must do':>16}{'floor, ms':>11}{'of it':>9}"]
+    lines += [line(name, *sums[name], name) for name in _LIMITED_BY_FLOPS if name in sums]
+    lines.append(line("all else", sum(n for n, _ in others.values()), sum(ms for _, ms in others.values()), "all else"))
+    lines += [line(f"  {name}", *value).removesuffix(f"{'-':>16}") for name, value in others.items()]
+    shortest = sum(floors.values())
+    lines.append(f"{'sum':<26}{total:>10.2f}" + (f"{'':>34}{shortest:>11.2f}{shortest / total:>9.1%}" if floors and total else ""))
+    return lines
+
+
+def recorded(step: Callable[[], Any], device: torch.device) -> tuple[list[Kernel], "torch.profiler.profile"]:
+    """Run `step` under the profiler; its kernels (on a CPU its operations), and the profile."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    rows = [row for row in profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
+    return [(row.key, row.count, (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3) for row in rows], profiler
+
+
+def record(step: Callable[[], Any], directory: Path, device: torch.device, least: Floor) -> list[str]:
+    """Run one step, write its trace, the allocator's snapshot and the table, and return what to print.
+
+    Args:
+        step: runs it.
+        directory: what is written to, made if missing.
+        device: where it runs.
+        least: what it must do.
+
+    Raises:
+        BadInput: the directory cannot be written.
+    """
+    cuda, known = device.type == "cuda", gauges.peaks(device)
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=HISTORY)
+    start = time.perf_counter()
+    try:
+        kernels, profiler = recorded(step, device)
+        seconds = time.perf_counter() - start
+        directory.mkdir(parents=True, exist_ok=True)
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(directory / SNAPSHOT))
+        profiler.export_chrome_trace(str(directory / TRACE))
+        lines = table(kernels, least if cuda else None, known)
+        lines.append(f"the step with the profiler around it: {1e3 * seconds:.0f} ms")
+        if not cuda:
+            lines.append(
+                "a CPU runs our kernels' twins, operation by operation: neither bytes nor a floor are counted, and there is no "
+                "allocator to take a snapshot of"
+            )
+        elif known is None:
+            lines.append("no floor: the peaks of this GPU are not known")
+        lines.append(f"written: {directory}/{TRACE}" + (f", {SNAPSHOT}" if cuda else ""))
+        (directory / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--profile cannot write into {directory}: {error.strerror}") from error
+    finally:
+        if cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+    return lines

@@ -1,0 +1,138 @@
+"""A step's profile: kernels in one family each, sums, floors by hand, and what a run with --profile leaves behind."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import metrics
+from nanochat.dataset import base_dir
+from nanochat.errors import BadInput
+from nanochat.gpt import GPTConfig
+from nanochat.memory import Counted, Setup
+from nanochat.roofline import work
+from nanochat.step_profile import OURS, TABLE, TRACE, Floor, by_family, family, floor, record, table
+from nanochat.train import train
+from nanochat.train_config import TrainConfig
+from nvfp8.hardware import Peaks
+from nvfp8.precision import fp8
+from nvfp8.recipe import recipe
+
+PEAKS = Peaks(bf16=1e12, fp8=2e12, bandwidth=1e11, memory=1, power=1, capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "GEMMs"),
+        ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", "GEMMs"),
+        ("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n_tilesize128x128x64_execute_segment_k_off_kernel__5x_cublas", "GEMMs"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, false>(...)", "GEMMs"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm90<cutlass::gemm::kernel::GemmUniversal>>", "GEMMs"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(...)", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, cutlass::bfloat16_t>>", "attention"),
+        ("fmha_cutlassB_bf16_aligned_128x64_k128_sm80(...)", "attention"),
+        ("_norm_backward", "our Triton kernels"),
+        ("_softcap_cross_entropy", "our Triton kernels"),
+        ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>(...)", "embedding gradients"),
+        ("void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, long>(...)", "embedding gradients"),
+        ("void at::native::(anonymous namespace)::sum_and_scatter<c10::BFloat16, long>(...)", "embedding gradients"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::bfloat16_copy_kernel_cuda(...)::{lambda}>", "casts and copies"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<...>(...)", "casts and copies"),
+        ("Memcpy DtoD (Device -> Device)", "casts and copies"),
+        ("void transformer_engine::cast_transpose_general_kernel<float, __nv_fp8_e4m3>(...)", "Transformer Engine"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)", "additions (gradients)"),
+        ("void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(...)", "other"),
+        ("triton_poi_fused_add_0", "other"),
+        ("_adamw", "optimizers' kernels"),
+        ("_gemm_relu_squared", "GEMMs"),
+        ("aten::addmm", "GEMMs"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+    ],
+)  # fmt: skip
+def test_families_of_kernels(kernel: str, expected: str) -> None:
+    assert family(kernel) == expected
+
+
+def test_our_kernels_are_read_from_their_sources() -> None:
+    assert {"_norm_forward", "_norm_backward", "_heads_forward", "_heads_backward", "_relu_squared_forward"} <= OURS.keys()
+    assert all(name.isidentifier() for name in OURS)
+    assert set(OURS.values()) == {"our Triton kernels", "GEMMs", "optimizers' kernels"}
+
+
+KERNELS = [("nvjet_a", 8, 60.0), ("nvjet_b", 4, 20.0), ("flash", 2, 10.0), ("_norm_forward", 4, 8.0), ("strange", 2, 2.0)]
+
+
+def test_families_are_summed_and_divided() -> None:
+    assert by_family(KERNELS, 2) == {"GEMMs": (6, 40.0), "attention": (1, 5.0), "our Triton kernels": (2, 4.0), "other": (1, 1.0)}
+
+
+def test_a_table_by_hand() -> None:
+    """1e10 bf16 FLOPs take 10 ms at 1e12/s, 4e10 in FP8 20 ms at 2e12/s, attention's 4e9 4 ms, 5e8 bytes 5 ms."""
+    lines = table(KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8), PEAKS)
+    assert [line.split() for line in lines[1:]] == [
+        ["GEMMs", "80.00", "80.0%", "12", "0.1", "TFLOP", "30.00", "37.5%"],
+        ["attention", "10.00", "10.0%", "2", "0.0", "TFLOP", "4.00", "40.0%"],
+        ["all", "else", "10.00", "10.0%", "6", "0.5", "GB", "5.00", "50.0%"],
+        ["our", "Triton", "kernels", "8.00", "8.0%", "4"],
+        ["other", "2.00", "2.0%", "2"],
+        ["sum", "100.00", "39.00", "39.0%"],
+    ]
+
+
+def test_without_peaks_there_is_no_floor() -> None:
+    lines = table(KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8), None)
+    assert lines[1].split() == ["GEMMs", "80.00", "80.0%", "12", "0.1", "TFLOP", "-", "-"]
+    assert lines[-1].split() == ["sum", "100.00"]
+    assert table([], None, None)[-1].split() == ["sum", "0.00"]
+
+
+def test_a_floor_counts_what_queries_see_and_the_optimizers_once() -> None:
+    shape = GPTConfig.from_depth(2, aspect_ratio=64, head_dim=64, sequence_len=64, vocab_size=256, window_pattern="L")
+    done = work(Counted(Setup(shape, fp8(recipe("delayed")), 2)), 2)
+    once, thrice = floor(done, shape, 2, 1), floor(done, shape, 2, 3)
+    pairs = 64 * 65 / 2  # of a query and a key it sees, in one row
+    assert once.attention == pytest.approx(12 * 128 * 2 * 2 * pairs)  # width, rows, layers
+    assert thrice.attention == 3 * once.attention and thrice.gemms["FP8"] == 3 * once.gemms["FP8"] == 3 * done.fp8
+    assert thrice.gemms["bf16"] - once.gemms["bf16"] == pytest.approx(2 * done.bf16)
+    assert thrice.moved - once.moved == pytest.approx(2 * done.moved)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of what a CPU can record")
+def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
+    x, calls = torch.randn(64, 64), []
+    lines = record(lambda: calls.append(x @ x), tmp_path / "profile", torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0))
+    assert len(calls) == 1
+    assert "GEMMs" in lines[1] and any("neither bytes nor a floor" in line for line in lines)
+    assert lines[1].split()[-3:] == ["-", "-", "-"]
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {TRACE, TABLE}
+    events = json.loads(gzip.decompress((tmp_path / "profile" / TRACE).read_bytes()))["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"--profile cannot write into .*file"):
+        record(lambda: None, tmp_path / "file", torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0))
+
+
+TINY = TrainConfig(
+    depth=1, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=4, total_batch_size=128, num_iterations=4,
+    warmup_steps=1, eval_every=-1, sample_every=-1, core_metric_every=-1, model_tag="profiled", profile=True,
+)  # fmt: skip
+
+
+def test_a_run_profiles_one_step_and_goes_on(torch_texts: str) -> None:
+    train(replace(TINY, data=torch_texts))
+    records = metrics.read(base_dir() / "base_checkpoints" / "profiled")
+    told = [record for record in records if record["kind"] == "event" and record["text"].startswith("profile of one step")]
+    assert [record["step"] for record in told] == [3] and "GEMMs" in told[0]["text"]
+    assert [record["step"] for record in records if record["kind"] == "step"] == [0, 1, 2, 3]
+    names = {path.name for path in (base_dir() / "base_checkpoints" / "profiled" / "profile").iterdir()}
+    assert names == {TRACE, TABLE} | ({"memory.pickle"} if torch.cuda.is_available() else set())
+
+
+def test_a_run_too_short_to_be_profiled_is_refused(torch_texts: str) -> None:
+    with pytest.raises(BadInput, match="--profile looks at a step behind 3 of warm-up"):
+        train(replace(TINY, data=torch_texts, num_iterations=3))
