@@ -46,7 +46,8 @@ def cast(x: Tensor, operand: Operand) -> FineFP8:
     scale = scaling.scale_of(amax, FORMATS[dtype][2], torch.ones_like(amax))
     scale = torch.where(amax.isfinite(), scale, torch.nan)
     largest = FORMATS[dtype][2]
-    data = (blocks * scale).clamp(-largest, largest).to(dtype).view(x.shape)
+    # A cast of xᵀ has x's strides, which the GEMM refuses.
+    data = (blocks * scale).clamp(-largest, largest).to(dtype).view(x.shape).contiguous()
     inverse = scale.reciprocal()[:, 0, :, 0]
     # One scale a row and 128 columns lies with rows contiguous, the others as they are.
     return FineFP8(data, inverse.t().contiguous().t() if operand.scaling == "block1x128" else inverse)
