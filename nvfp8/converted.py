@@ -21,6 +21,7 @@ cast anew, and the first layer of a step that notices enters the amaxes of the l
 and y, dx or dW are NaN, as from any other layer; its amax never enters the history.
 """
 
+import math
 import weakref
 from typing import Any
 
@@ -223,9 +224,7 @@ class ConvertedLinear(nn.Linear):
             raise RuntimeError(f"the input is {x.dtype}, the weight {weight.dtype}: use torch.autocast, or one dtype for both")
         keep = torch.is_grad_enabled() and weight.requires_grad
         cached = not self.sharded and isinstance(weight, nn.Parameter)
-        flat = x.reshape(-1, self.in_features)
-        y = torch.ops.nvfp8.linear(flat, weight, self.handle, keep, cached, self.casts.by_row)[0]
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = torch.ops.nvfp8.linear(x, weight, self.handle, keep, cached, self.casts.by_row)[0]
         return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -239,6 +238,11 @@ def _to_multiple(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, more)) if more else x
 
 
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """A result (M, N) as (…, N); no view for autograd, which would forbid to change it in place."""
+    return torch.ops.aten._unsafe_view(flat, [*like.shape[:-1], flat.shape[1]])
+
+
 def _running(handle: Tensor, x: Tensor) -> Casts:
     casts = _LAYERS[int(handle)].casts
     if not casts.emulated and (why := lacks_fp8(x.device, casts.recipe)):
@@ -249,11 +253,13 @@ def _running(handle: Tensor, x: Tensor) -> Casts:
 
 
 def _linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N) in x's dtype; and for dW, if `keep`, xᵀ (K, M up to a multiple of 16) in FP8 with its inverse scale."""
-    casts, m = _running(handle, x), len(x)
+    """y (…, N) in x's dtype; and for dW, if `keep`, xᵀ (K, M up to a multiple of 16) in FP8 with its inverse scale."""
+    casts, flat = _running(handle, x), x.reshape(-1, x.shape[-1])
+    if not len(flat):
+        return _fake_linear(x, weight, handle, keep, cached, by_row)
     with torch.autocast(x.device.type, enabled=False), torch.no_grad():
         casts.begin(weight)
-        fprop, padded, w = casts.recipe.fprop, _to_multiple(x), casts.weight(weight, cached, False)
+        fprop, padded, w = casts.recipe.fprop, _to_multiple(flat), casts.weight(weight, cached, False)
         nothing = x.new_empty(0, dtype=torch.float8_e4m3fn), x.new_empty(0, dtype=torch.float32)
         if casts.by_row:
             y = fine.product(fine.cast(padded, fprop.left), w, x.dtype, fprop.fast_accumulation, casts.emulated)
@@ -263,18 +269,21 @@ def _linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool,
             assert q.q is not None
             y = fp8_matmul(q.q, w.q, q.inverse, w.inverse, x.dtype, fprop.fast_accumulation, emulated=casts.emulated)
             kept = (q.t, q.inverse) if keep else nothing
-    return y[:m].contiguous(), *kept
+    return _shaped(y[: len(flat)], x), *kept
 
 
 def _linear_backward(
     dy: Tensor, weight: Tensor, x_t: Tensor, x_inverse: Tensor, handle: Tensor, to_x: bool, to_w: bool, cached: bool, by_row: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (M, K) in dy's dtype and dW (N, K) in the weight's, each empty where it is not wanted."""
-    casts, m = _running(handle, dy), len(dy)
+    """dx (…, K) in dy's dtype and dW (N, K) in the weight's, each empty where it is not wanted."""
+    casts, flat = _running(handle, dy), dy.reshape(-1, dy.shape[-1])
     dx, dw = dy.new_empty(0), weight.new_empty(0)
+    if not len(flat):
+        dx, dw = _fake_backward(dy, weight, x_t, x_inverse, handle, to_x, to_w, cached, by_row)
+        return dx, dw.zero_()
     dgrad, wgrad, emulated = casts.recipe.dgrad, casts.recipe.wgrad, casts.emulated
     with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
-        padded = _to_multiple(dy)
+        padded = _to_multiple(flat)
         w_t = casts.weight(weight, cached, True) if to_x else None
         if casts.by_row:
             if to_x:
@@ -290,14 +299,14 @@ def _linear_backward(
             if to_w:
                 assert q.t is not None
                 dw = fp8_matmul(q.t, x_t, q.inverse, x_inverse, weight.dtype, wgrad.fast_accumulation, emulated=emulated)
-    return dx[:m], dw
+    return _shaped(dx[: len(flat)], dy) if to_x else dx, dw
 
 
 def _fake_linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kept = (x.shape[1], _padded(x.shape[0])) if keep else (0,)
-    scales = () if not by_row else (x.shape[1], 1)
+    kept = (x.shape[-1], _padded(math.prod(x.shape[:-1]))) if keep else (0,)
+    scales = () if not by_row else (x.shape[-1], 1)
     return (
-        x.new_empty(x.shape[0], weight.shape[0]),
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
         x.new_empty(kept, dtype=torch.float8_e4m3fn),
         x.new_empty(scales if keep else (0,), dtype=torch.float32),
     )
@@ -306,7 +315,7 @@ def _fake_linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: 
 def _fake_backward(
     dy: Tensor, weight: Tensor, x_t: Tensor, x_inverse: Tensor, handle: Tensor, to_x: bool, to_w: bool, cached: bool, by_row: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = dy.new_empty((dy.shape[0], weight.shape[1]) if to_x else (0,))
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if to_x else (0,))
     return dx, weight.new_empty(weight.shape if to_w else (0,))
 
 

@@ -172,6 +172,19 @@ def test_no_tokens() -> None:
     assert y.shape == (0, 48) and x.grad.shape == (0, 64) and not made.weight.grad.any()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_may_be_changed_in_place(bias: bool) -> None:
+    made, x = layer(bias=bias), inputs(5, 64)
+    out = made(x)
+    apart = out.detach().clone().requires_grad_()
+    out += 1
+    torch.relu_(out).square().sum().backward()
+    (apart + 1).relu().square().sum().backward()
+    other, same = layer(bias=bias), inputs(5, 64)
+    other(same).backward(apart.grad)
+    assert torch.equal(x.grad, same.grad) and torch.equal(made.weight.grad, other.weight.grad)
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     made, x = layer(), inputs(16, 64)
     with torch.autocast(DEVICE, torch.bfloat16):
