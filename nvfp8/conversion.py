@@ -3,13 +3,13 @@
     report = nvfp8.convert(model, "delayed", skip=("lm_head",))
     print(report)
 
-A layer changes its class and nothing else. Its parameters are the same objects under the same names, so an optimizer made before goes
-on, hooks stay, and the state_dict is that of the unconverted model, either way. What FP8 adds, scales and their history, is
-therefore not in it: `scaling_state` is saved beside (buffers would break strict loading there, be cast by `model.bfloat16()`, and be
-overwritten with rank 0's by every forward of DDP). A run that goes on without it measures its first step and is none the worse.
+A layer changes its class and nothing else. Its parameters are the same objects under the same names, so an optimizer made before
+goes on, hooks stay, and the state_dict is that of the unconverted model, either way. What FP8 adds, scales and their history, is
+therefore not in it: `scaling_state` is saved beside. (Buffers would break strict loading, `model.bfloat16()` would cast them, and
+every forward of DDP would overwrite them with rank 0's.) A run that goes on without it measures its first step again, no more.
 
-Nothing is left out in silence. A layer that cannot be FP8 keeps its precision, and the report says why; so does every other matrix of
-the model. What would be wrong rather than slow is refused: tied weights, a device without FP8 units, a pattern that fits nothing.
+Nothing is left out in silence. A layer that cannot be FP8 keeps its precision, and the report says why; so does every other matrix
+of the model. What would be wrong rather than slow is refused: tied weights, a device without FP8 units, a name that fits nothing.
 """
 
 import re
@@ -92,8 +92,8 @@ def convert(model: nn.Module, recipe: str | Recipe = "delayed", *, skip: str | S
 
     Args:
         model: any module; a layer that two modules share is one layer.
-        recipe: "delayed", "current", "e4m3" or "rowwise", also with fields ("delayed:margin=1"), or a Recipe like these. Parts that its
-            `bf16` names are skipped.
+        recipe: "delayed", "current", "e4m3" or "rowwise", also with fields ("delayed:margin=1"), or a Recipe like these. Parts
+            that its `bf16` names are skipped.
         skip: dotted names of layers, or of parts of the model, to leave alone: "lm_head", "layers.0", "layers.*.mlp.down_proj".
         emulate: compute the same numbers in plain PyTorch, slowly, on any device. Nothing does so unasked.
 
@@ -214,7 +214,8 @@ def _scalings(model: nn.Module) -> list[Shared]:
 def scaling_state(model: nn.Module) -> dict[str, Tensor]:
     """Scales and amax histories of a converted model, to save beside its state_dict; empty for recipes without a history.
 
-    Names are those that layers had when they were converted, whatever wraps the model now. Each rank has its own; any rank's will do.
+    Names are those that layers had when they were converted, whatever wraps the model now. Each rank has its own; any one's will
+    do for all.
 
     Returns:
         For each layer `<name>.scale` (3,) and `<name>.amax_history` (amax_history_len, 3), fp32.

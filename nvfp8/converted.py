@@ -2,27 +2,32 @@
 
     y = x·Wᵀ + b       x (…, K), W (N, K), both cast to E4M3; dx = dy·W and dW = dyᵀ·x from the recipe's format of dy
 
-It is fast where the GEMMs are large: they run at twice the rate of bf16 and read half the bytes. What that costs, in bytes an element:
-x is read once and written twice (2 + 1 + 1), as it lies for y and transposed for dW, and dy likewise; W is cast once an optimizer
-step. Backward keeps xᵀ in FP8, half of the bf16 that `nn.Linear` keeps. Nothing is fused with its neighbours: a model whose layers
-are made by `nvfp8/precision.py` saves those passes too.
+It is fast where the GEMMs are large: they run at up to twice the rate of bf16 and read half the bytes. What that costs: x is read
+once and written twice, as it lies for y and transposed for dW (2 + 1 + 1 bytes an element), dy likewise, and W once an optimizer
+step. Backward keeps xᵀ in FP8, half of the bf16 that `nn.Linear` keeps. Nothing is fused with its neighbours: a model whose
+layers are made by `nvfp8/precision.py` saves those passes too.
 
-**One opaque operator each way.** The compiler sees `nvfp8::linear` and `nvfp8::linear_backward`: no graph break, and eager and compiled
-runs call the same kernels. What changes from step to step (scales, the FP8 weight, whether it is stale) is looked up in Python when
-the operator runs, by a handle that is a *tensor*: a number would be a constant that the compiler recompiles a block for. Since a CUDA
-graph replays no Python, the operators are marked as unsafe for it, and refuse to be captured by hand.
+**One opaque operator each way.** The compiler sees `nvfp8::linear` and `nvfp8::linear_backward`: no graph break, and eager and
+compiled runs launch the same kernels. What changes from step to step (scales, the FP8 weight, whether it is stale) is looked up in
+Python when the operator runs, by a handle that is a *tensor*: a number would be a constant, for which the compiler would compile
+every block again. A CUDA graph replays no Python, so the operators are marked as unsafe for it and refuse to be captured by hand.
 
-**When is a step over?** There is no hook in the training loop, so a forward looks whether the weight is another one: by its version
-counter and by how many times any `torch.optim` optimizer has stepped (a global hook counts). One alone would not do: fused
-optimizers and whatever writes `weight.data` leave the counter alone, a loop without an optimizer never calls the hook. Then the weight is
-cast anew, and the first layer of a step that notices enters the amaxes of the last one in the history, for all layers.
+**When is a step over?** There is no hook in the training loop. So a forward looks whether its weight has another version, and how
+often any `torch.optim` optimizer has stepped (a global hook counts). One alone would not do: fused optimizers, and whatever writes
+`weight.data`, leave the version as it was; a loop without an optimizer calls no hook. Then the weight is cast anew, and the first
+layer of a step that notices enters the amaxes of the last one in the history, for all layers.
 
-**What is not finite stays visible.** A cast saturates, which would hide an infinity. So a tensor that is not finite gets 1/scale = NaN,
-and y, dx or dW are NaN, as from any other layer; its amax never enters the history.
+**Each rank has its own scales.** A scale is divided out of the product again, so ranks need not agree on it, and a collective in a
+forward would stop a model whose ranks run different layers. Gradients are averaged as ever.
+
+**What is not finite stays visible.** A cast saturates, which would hide an infinity. So a tensor that is not finite gets
+1/scale = NaN, and y, dx or dW are NaN, as from any other layer; its amax never enters the history.
 """
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -151,7 +156,7 @@ class Casts:
 
 
 def cast(x: Tensor, site: Site, rows: bool, columns: bool) -> Quantized:
-    """x (M, N) to FP8 at `site`, as it lies and transposed; its inverse scale is NaN where x is not finite.
+    """Cast x (M, N) to FP8 at `site`, as it lies and transposed; its inverse scale is NaN where x is not finite.
 
     The scale is the history's, or measured where there is none. Unlike `quantize.quantize` this looks at the amax of x alone: one
     that is not finite must not spoil the next tensor, for nobody is asked to `update` between them.
@@ -166,7 +171,7 @@ def cast(x: Tensor, site: Site, rows: bool, columns: bool) -> Quantized:
         scale = scale_of(amax, site.largest, torch.ones_like(amax))
         inverse = scale.reciprocal()
         q, t = kernels.quantize(x, scale, site.dtype, None, rows=rows, columns=columns)
-    site.amax.copy_(torch.maximum(site.amax, amax))
+    torch.maximum(site.amax, amax, out=site.amax)
     return Quantized(q, t, scale, inverse.add(amax, alpha=0))  # 0 · inf and 0 · NaN are NaN
 
 
@@ -233,7 +238,7 @@ def _padded(tokens: Any) -> Any:
 
 
 def _to_multiple(x: Tensor) -> Tensor:
-    """x (M, N) with rows of zeros up to a multiple of 16: they add nothing to a weight's gradient."""
+    """Give x (M, N) rows of zeros up to a multiple of 16: they add nothing to a weight's gradient."""
     more = _padded(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, more)) if more else x
 
@@ -252,57 +257,69 @@ def _running(handle: Tensor, x: Tensor) -> Casts:
     return casts
 
 
+@contextlib.contextmanager
+def _plainly(x: Tensor) -> Iterator[None]:
+    """No autograd, no autocast of what emulation multiplies, and kernels go where x is."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
 def _linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (…, N) in x's dtype; and for dW, if `keep`, xᵀ (K, M up to a multiple of 16) in FP8 with its inverse scale."""
+    """Forward: y (…, N) in x's dtype and, if `keep`, for dW: xᵀ (K, M up to a multiple of 16) in E4M3 and its inverse scale."""
     casts, flat = _running(handle, x), x.reshape(-1, x.shape[-1])
     if not len(flat):
         return _fake_linear(x, weight, handle, keep, cached, by_row)
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
+    kept, kept_inverse = x.new_empty(0, dtype=torch.float8_e4m3fn), x.new_empty(0, dtype=torch.float32)
+    with _plainly(x):
         casts.begin(weight)
         fprop, padded, w = casts.recipe.fprop, _to_multiple(flat), casts.weight(weight, cached, False)
-        nothing = x.new_empty(0, dtype=torch.float8_e4m3fn), x.new_empty(0, dtype=torch.float32)
-        if casts.by_row:
-            y = fine.product(fine.cast(padded, fprop.left), w, x.dtype, fprop.fast_accumulation, casts.emulated)
-            kept = tuple(fine.cast(padded.t(), casts.recipe.wgrad.right)) if keep else nothing
+        if by_row:
+            product = fine.product(fine.cast(padded, fprop.left), w, x.dtype, fprop.fast_accumulation, casts.emulated)
+            if keep:
+                kept, kept_inverse = fine.cast(padded.t(), casts.recipe.wgrad.right)
         else:
-            q = cast(padded, casts.x, True, keep)
-            assert q.q is not None
-            y = fp8_matmul(q.q, w.q, q.inverse, w.inverse, x.dtype, fprop.fast_accumulation, emulated=casts.emulated)
-            kept = (q.t, q.inverse) if keep else nothing
-    return _shaped(y[: len(flat)], x), *kept
+            q, t, _, inverse = cast(padded, casts.x, True, keep)
+            assert q is not None
+            product = fp8_matmul(q, w.q, inverse, w.inverse, x.dtype, fprop.fast_accumulation, emulated=casts.emulated)
+            if keep:
+                assert t is not None
+                kept, kept_inverse = t, inverse
+    return _shaped(product[: len(flat)], x), kept, kept_inverse
 
 
 def _linear_backward(
     dy: Tensor, weight: Tensor, x_t: Tensor, x_inverse: Tensor, handle: Tensor, to_x: bool, to_w: bool, cached: bool, by_row: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (…, K) in dy's dtype and dW (N, K) in the weight's, each empty where it is not wanted."""
+    """Backward: dx (…, K) in dy's dtype and dW (N, K) in the weight's, each empty where it is not wanted."""
     casts, flat = _running(handle, dy), dy.reshape(-1, dy.shape[-1])
-    dx, dw = dy.new_empty(0), weight.new_empty(0)
     if not len(flat):
         dx, dw = _fake_backward(dy, weight, x_t, x_inverse, handle, to_x, to_w, cached, by_row)
         return dx, dw.zero_()
+    dx, dw = dy.new_empty(0), weight.new_empty(0)
     dgrad, wgrad, emulated = casts.recipe.dgrad, casts.recipe.wgrad, casts.emulated
-    with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
+    with _plainly(dy):
         padded = _to_multiple(flat)
-        w_t = casts.weight(weight, cached, True) if to_x else None
-        if casts.by_row:
+        w: Any = casts.weight(weight, cached, True) if to_x else None
+        if by_row:
             if to_x:
-                dx = fine.product(fine.cast(padded, dgrad.left), w_t, dy.dtype, dgrad.fast_accumulation, emulated)
+                dx = fine.product(fine.cast(padded, dgrad.left), w, dy.dtype, dgrad.fast_accumulation, emulated)
             if to_w:
                 dy_t, kept = fine.cast(padded.t(), wgrad.left), fine.FineFP8(x_t, x_inverse)
                 dw = fine.product(dy_t, kept, weight.dtype, wgrad.fast_accumulation, emulated)
         else:
-            q = cast(padded, casts.dy, to_x, to_w)
+            q, t, _, inverse = cast(padded, casts.dy, to_x, to_w)
             if to_x:
-                assert q.q is not None
-                dx = fp8_matmul(q.q, w_t.t, q.inverse, w_t.inverse, dy.dtype, dgrad.fast_accumulation, emulated=emulated)
+                assert q is not None
+                dx = fp8_matmul(q, w.t, inverse, w.inverse, dy.dtype, dgrad.fast_accumulation, emulated=emulated)
             if to_w:
-                assert q.t is not None
-                dw = fp8_matmul(q.t, x_t, q.inverse, x_inverse, weight.dtype, wgrad.fast_accumulation, emulated=emulated)
+                assert t is not None
+                dw = fp8_matmul(t, x_t, inverse, x_inverse, weight.dtype, wgrad.fast_accumulation, emulated=emulated)
     return _shaped(dx[: len(flat)], dy) if to_x else dx, dw
 
 
-def _fake_linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_linear(
+    x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool, by_row: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     kept = (x.shape[-1], _padded(math.prod(x.shape[:-1]))) if keep else (0,)
     scales = () if not by_row else (x.shape[-1], 1)
     return (
@@ -335,13 +352,16 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return dx if to_x else None, dw if to_w else None, None, None, None, None
 
 
-# `Library` rather than `custom_op`, which takes three times as long a call.
+# `Library` rather than `custom_op`, whose wrapper costs the host several times as much a call.
 _OPERATORS = torch.library.Library("nvfp8", "DEF")
-for _name, _schema, _implementation, _fake in (
-    ("linear", "(Tensor x, Tensor weight, Tensor handle, bool keep, bool cached, bool by_row) -> (Tensor, Tensor, Tensor)", _linear, _fake_linear),
-    ("linear_backward", "(Tensor dy, Tensor weight, Tensor x_t, Tensor x_inverse, Tensor handle, bool to_x, bool to_w, bool cached, bool by_row) -> (Tensor, Tensor)", _linear_backward, _fake_backward),
-):
-    _OPERATORS.define(_name + _schema, tags=(torch.Tag.cudagraph_unsafe,))
-    _OPERATORS.impl(_name, _implementation, "CompositeExplicitAutograd")
+_FORWARD = "linear(Tensor x, Tensor weight, Tensor handle, bool keep, bool cached, bool by_row) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    "linear_backward(Tensor dy, Tensor weight, Tensor x_t, Tensor x_inverse, Tensor handle, "
+    "bool to_x, bool to_w, bool cached, bool by_row) -> (Tensor, Tensor)"
+)
+for _schema, _run, _fake in ((_FORWARD, _linear, _fake_linear), (_BACKWARD, _linear_backward, _fake_backward)):
+    _name = _schema.partition("(")[0]
+    _OPERATORS.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
+    _OPERATORS.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp8::{_name}", _fake, lib=_OPERATORS)
 torch.library.register_autograd("nvfp8::linear", _backward, setup_context=_setup, lib=_OPERATORS)

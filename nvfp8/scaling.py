@@ -243,8 +243,8 @@ class Scaling:
     def enter(self) -> None:
         """Enter the amaxes since the last time in the history, of this process alone; one that is not finite counts as 0, as none.
 
-        For models whose training loop knows nothing of scales (`nvfp8/converted.py`): no collective, which in the middle of a forward
-        would need every rank to run the same layers, and no wait for the device but while a site has no history yet.
+        For models whose training loop knows nothing of scales (`nvfp8/converted.py`): no collective, which in the middle of a
+        forward would need every rank to run the same layers, and no wait for the device but while a site has no history yet.
         """
         if self.amax is None:
             return

@@ -3,7 +3,6 @@
 The processes run this file as a script (see the end).
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 

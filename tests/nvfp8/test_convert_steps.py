@@ -1,4 +1,4 @@
-"""What changes from step to step, without a hook in the training loop: when weights are cast, when the history rolls, what is saved."""
+"""What changes from step to step without a hook in the loop: when weights are cast, when the history rolls, what is saved."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
