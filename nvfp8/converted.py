@@ -175,7 +175,7 @@ def cast(x: Tensor, site: Site, rows: bool, columns: bool) -> Quantized:
     return Quantized(q, t, scale, inverse.add(amax, alpha=0))  # 0 · inf and 0 · NaN are NaN
 
 
-_LAYERS: "weakref.WeakValueDictionary[int, ConvertedLinear]" = weakref.WeakValueDictionary()
+_CASTS: "weakref.WeakValueDictionary[int, Casts]" = weakref.WeakValueDictionary()
 _handles = 0
 
 
@@ -205,7 +205,7 @@ class ConvertedLinear(nn.Linear):
         global _handles
         _handles += 1
         self.handle = torch.tensor(_handles, device="cpu")
-        _LAYERS[_handles] = self
+        _CASTS[_handles] = self.casts
         self.casts.forget_copies()
 
     def extra_repr(self) -> str:
@@ -249,7 +249,7 @@ def _shaped(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def _running(handle: Tensor, x: Tensor) -> Casts:
-    casts = _LAYERS[int(handle)].casts
+    casts = _CASTS[int(handle)]
     if not casts.emulated and (why := lacks_fp8(x.device, casts.recipe)):
         raise RuntimeError(f"{casts.name} cannot compute in FP8, {why}: convert with emulate=True for the same numbers, slowly")
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -338,6 +338,8 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight, handle, _, ctx.cached, ctx.by_row = inputs
+    if type(handle) is Tensor:  # no compiler's stand-in
+        ctx.casts = _CASTS[int(handle)]  # there for backward, even if the layer is not
     ctx.save_for_backward(weight, handle, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

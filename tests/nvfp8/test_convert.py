@@ -1,7 +1,9 @@
 """One converted layer: its numbers against products of decoded FP8 tensors, what it computes and when it casts."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +254,19 @@ def test_activation_checkpointing_changes_nothing(recipe: str, reentrant: bool) 
         found.append([*model.parameters(), x.grad, shared.scaling.history])
         assert shared.turn == 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_backward_does_not_need_the_layer_and_then_nothing_is_left() -> None:
+    made, x = layer(), inputs(16, 64)
+    casts = weakref.ref(made.casts)
+    out = made(x).square().sum()
+    del made
+    gc.collect()
+    out.backward()
+    assert x.grad.any()
+    del out
+    gc.collect()
+    assert casts() is None
 
 
 def test_copies_are_layers_of_their_own() -> None:

@@ -130,6 +130,26 @@ def test_evaluation_and_autocast_compile_too() -> None:
         assert torch.equal(compiled(batch(1)), plain(batch(1)))
 
 
+def test_a_compiled_optimizer_ends_steps_too() -> None:
+    """The hook that counts them breaks no graph of its own and is compiled once."""
+    eager, model = stack("delayed", 1), stack("delayed", 1)
+    counter = torch._dynamo.utils.counters
+    for it in (eager, model):
+        optimizer = torch.optim.AdamW(it.parameters(), torch.tensor(1e-3))
+        counter.clear()
+        step = torch.compile(optimizer.step, backend="aot_eager") if it is model else optimizer.step
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for micro in range(4):
+                optimizer.zero_grad()
+                it(batch(micro)).square().mean().backward()
+                step()
+    assert counter["stats"]["unique_graphs"] == 1
+    assert model[0].qkv.casts.shared.turn == eager[0].qkv.casts.shared.turn == 3
+    histories = [it[0].qkv.casts.shared.scaling.history for it in (model, eager)]
+    # Of what enters first, whose input no update has changed but the norm's.
+    torch.testing.assert_close(histories[0][:, 0], histories[1][:, 0], rtol=1e-2, atol=0)
+
+
 def test_operators_hold_what_they_promise() -> None:
     """Fake shapes and strides, and where the gradient is registered, by torch's own checks; its schema's cannot clone FP8."""
     for recipe in ("delayed", "rowwise"):
