@@ -153,4 +153,5 @@ if __name__ == "__main__":
     for work, *how in WORK:
         work(dist.get_rank(), *how)
         print(work.__name__, flush=True)
+    dist.barrier()  # gloo aborts a process whose peer is gone while its own threads still run
     dist.destroy_process_group()
