@@ -354,7 +354,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return dx if to_x else None, dw if to_w else None, None, None, None, None
 
 
-# `Library` rather than `custom_op`, whose wrapper costs the host several times as much a call.
+# `Library` rather than `custom_op`, whose wrapper takes the host longer a call (pytorch/pytorch issue 139500).
 _OPERATORS = torch.library.Library("nvfp8", "DEF")
 _FORWARD = "linear(Tensor x, Tensor weight, Tensor handle, bool keep, bool cached, bool by_row) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
