@@ -248,14 +248,33 @@ class Scaling:
         amaxes = latest.tolist()
         bad = [name for name, amax in zip(self.names, amaxes, strict=True) if not math.isfinite(amax)]
         if not bad and self.delayed:
-            self.history.copy_(self.history.roll(1, 0))
-            self.history[0].copy_(latest)
-            expected = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(0)
-            self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
-            self.inverse.copy_(self.scale.reciprocal())
+            self._renew(latest)
             self.seen = [before or amax > 0 for before, amax in zip(self.seen, amaxes, strict=True)]
         self.amax.zero_()
         return bad
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Enter the amaxes since the last time in the history, of this process alone; one that is not finite counts as 0, as none.
+
+        For models whose training loop knows nothing of scales (`nvfp8/converted.py`): no collective, which in the middle of a
+        forward would need every rank to run the same layers, and no wait for the device but while a site has no history yet.
+        """
+        if self.amax is None:
+            return
+        if self.delayed:
+            latest = self.amax.nan_to_num(nan=0.0, posinf=0.0)
+            self._renew(latest)
+            if not all(self.seen):
+                self.seen = [before or amax > 0 for before, amax in zip(self.seen, latest.tolist(), strict=True)]
+        self.amax.zero_()
+
+    def _renew(self, latest: Tensor) -> None:
+        self.history.copy_(self.history.roll(1, 0))
+        self.history[0].copy_(latest)
+        expected = self.history[0] if self.recipe.amax_compute_algo == "most_recent" else self.history.amax(0)
+        self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
+        self.inverse.copy_(self.scale.reciprocal())
 
     def forget(self) -> None:
         """Drop the amaxes since the last update."""

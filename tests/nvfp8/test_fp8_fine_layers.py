@@ -128,3 +128,12 @@ def test_outside_autocast_and_by_name_it_is_bf16() -> None:
             out = run(made, given)
         out.backward()
         assert min(decibels(value, exact[key]) for key, value in gradients(made, given).items()) > 36
+
+
+@pytest.mark.parametrize("scaling", ["row", "block1x128"])
+def test_what_is_cast_lies_as_the_gemm_reads_it(scaling: Any) -> None:
+    """A transposed input too: cuBLAS takes rows that are contiguous."""
+    x = torch.randn(128, 256, device=DEVICE)
+    across = cast(x.t(), Operand("e4m3", scaling))
+    assert across.data.is_contiguous() and across.data.shape == (256, 128)
+    assert torch.equal(across.data.float(), cast(x.t().contiguous(), Operand("e4m3", scaling)).data.float())

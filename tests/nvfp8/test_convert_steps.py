@@ -1,0 +1,223 @@
+"""What changes from step to step without a hook in the loop: when weights are cast, when the history rolls, what is saved."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nvfp8 import convert, converted, load_scaling_state, scaling_state
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    pytestmark = [pytest.mark.gpu]
+
+
+def network(recipe: str = "delayed") -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).to(DEVICE)
+    convert(model, recipe, emulate=True)
+    return model
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+class Careless(torch.optim.Optimizer):
+    """Writes through `.data`, which raises no version counter."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+class ByHand:
+    """No optimizer at all."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float):
+        self.parameters, self.lr = list(parameters), lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.parameters:
+            p.sub_(self.lr * p.grad)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "foreach": lambda p, lr: torch.optim.AdamW(p, lr, foreach=True),
+    # Raises no version counter either.
+    "fused": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+    "fused SGD": lambda p, lr: torch.optim.SGD(p, lr, fused=True),
+    ".data": Careless,
+    "by hand": ByHand,
+}
+
+
+@pytest.fixture
+def weights_cast(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A layer's casts, whenever its weight is cast."""
+    seen: list[Any] = []
+    original = converted.Casts._cast_weight
+    monkeypatch.setattr(converted.Casts, "_cast_weight", lambda self, *more: seen.append(self) or original(self, *more))
+    return seen
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_weights_are_cast_once_a_step_whoever_updates_them(recipe: str, optimizer: str, weights_cast: list[Any]) -> None:
+    model = network(recipe)
+    update = OPTIMIZERS[optimizer](model.parameters(), 0.01)
+    for step in range(3):
+        for micro in range(4):
+            model(batch(4 * step + micro)).square().sum().backward()
+        assert weights_cast == [model[0].casts, model[2].casts]
+        # A copy made of the weights as they are now casts the same numbers: nothing is stale.
+        fresh = network(recipe)
+        fresh.load_state_dict(model.state_dict())
+        for cast, again in zip((model[0], model[2]), (fresh[0], fresh[2]), strict=True):
+            ours = cast.casts.weight(cast.weight, True, False)
+            theirs = again.casts._cast_weight(again.weight.detach(), True, True)[0] if recipe == "rowwise" else None
+            if theirs is not None:
+                assert torch.equal(ours.data.float(), theirs.data.float())
+            else:
+                scale = 448 / cast.weight.detach().abs().max()
+                assert torch.equal(ours.q.float(), (cast.weight.detach() * scale).clamp(-448, 448).to(ours.q.dtype).float())
+        weights_cast.clear()
+        update.step()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_the_history_rolls_once_a_step(optimizer: str) -> None:
+    """However many micro-batches a step has, its entry is the largest amax of all; the scale of the next step follows from it."""
+    model = network()
+    update = OPTIMIZERS[optimizer](model.parameters(), 1e-3)
+    amaxes, shared = [], model[0].casts.shared
+    for step in range(3):
+        x = [batch(4 * step + micro) * (micro + 1) for micro in range(4)]
+        for it in x:
+            model(it).square().sum().backward()
+        assert shared.turn == step
+        amaxes.insert(0, float(max(it.abs().max() for it in x)))
+        update.step()
+        model.zero_grad()
+    model(batch(0))
+    assert shared.turn == 3
+    history = shared.scaling.history
+    assert history[:3, 0].tolist() == pytest.approx(amaxes) and not history[3:].any()
+    assert float(shared.scaling.scale[0]) == pytest.approx(448 / max(amaxes))
+    assert all(shared.scaling.seen)
+
+
+def test_a_step_that_an_optimizer_skips_is_part_of_the_next_one() -> None:
+    """As GradScaler does: no step, no new entry."""
+    model = network()
+    shared = model[0].casts.shared
+    for _ in range(2):
+        model(batch(0)).sum().backward()
+        model.zero_grad()
+    assert shared.turn == 0
+
+
+def test_frozen_layers_have_a_history_too() -> None:
+    """Their weights never change: the optimizer of others ends their step."""
+    model = network()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[2].parameters(), 1e-3)
+    for step in range(3):
+        model(batch(step)).square().sum().backward()
+        optimizer.step()
+    model(batch(3))
+    assert int((model[0].casts.shared.scaling.history[:, 0] > 0).sum()) == 3
+
+
+def test_layers_that_are_not_called_do_not_hold_up_the_others() -> None:
+    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)).to(DEVICE)
+    convert(model, emulate=True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step in range(4):
+        out = model[2](model[step % 2](batch(step)))
+        out.sum().backward()
+        optimizer.step()
+    shared = model[0].casts.shared
+    assert shared.turn == 3
+    history = shared.scaling.history[:3, [0, 3, 6]] > 0  # newest first; the inputs of the three layers
+    assert history.tolist() == [[True, False, True], [False, True, True], [True, False, True]]
+
+
+def test_layers_on_two_devices_are_refused() -> None:
+    model = network()
+    model(batch(0))
+    with pytest.raises(RuntimeError, match="convert what is on each device by itself"):
+        model[0].casts.shared.begin(torch.device("meta"))
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        model(batch(step)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
+def test_a_resumed_run_is_the_same_bit_for_bit(recipe: str) -> None:
+    whole, first, second = network(recipe), network(recipe), network(recipe)
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in (whole, first, second)]
+    train(whole, optimizers[0], range(6))
+    train(first, optimizers[1], range(3))
+    saved = {name: tensor.clone() for name, tensor in scaling_state(first).items()}
+    assert bool(saved) == (recipe == "delayed")
+    second.load_state_dict(first.state_dict())
+    optimizers[2].load_state_dict(optimizers[1].state_dict())
+    load_scaling_state(nn.ModuleDict({"module": second}), saved)  # whatever wraps it
+    train(second, optimizers[2], range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    model = network()
+    train(model, torch.optim.SGD(model.parameters(), 1e-3), range(2))
+    saved = scaling_state(model)
+    with pytest.raises(ValueError, match=r"the scaling state of 2: scale is missing"):
+        load_scaling_state(network(), {name: it for name, it in saved.items() if name.startswith("0")})
+    with pytest.raises(ValueError, match="no layer of this Linear is converted"):
+        scaling_state(nn.Linear(16, 16))
+    parts = nn.ModuleList((network(), network()))
+    with pytest.raises(ValueError, match="names layers of two conversions: convert the whole model at once"):
+        scaling_state(parts)
+
+
+def test_the_state_dict_is_the_one_it_was_both_ways() -> None:
+    torch.manual_seed(0)
+    plain, model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).to(DEVICE), network()
+    train(model, torch.optim.SGD(model.parameters(), 1e-3), range(2))
+    assert list(model.state_dict()) == list(plain.state_dict()) and not list(model.buffers())
+    plain.load_state_dict(model.state_dict())
+    x = batch(9)
+    assert torch.equal(plain(x), model.eval()(x))
+    other = network()
+    other(x)
+    other.load_state_dict(plain.state_dict())
+    again = network()
+    again.load_state_dict(plain.state_dict(), assign=True)
+    again(x)
+    for it in (other, again):
+        assert torch.equal(it[0].casts.weight(it[0].weight, True, False).q.float(), model.train()[0].casts.weight(
+            model[0].weight, True, False).q.float())  # fmt: skip
+
+
+def test_casting_and_moving_the_model_leaves_the_scales_in_fp32() -> None:
+    model = network()
+    train(model, torch.optim.SGD(model.parameters(), 1e-3), range(2))
+    before = model[0].casts.shared.scaling.scale.clone()
+    model.bfloat16()
+    assert model(batch(0).bfloat16()).dtype == torch.bfloat16
+    after = model[0].casts.shared.scaling.scale
+    assert after.dtype == torch.float32 and after.shape == before.shape

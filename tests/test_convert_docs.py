@@ -1,0 +1,37 @@
+"""docs/convert.md: its examples run as they stand and print the tables shown there."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_two_examples_with_their_output() -> None:
+    assert [language for language, _ in BLOCKS] == ["python", "", "python", ""]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the output shown is a CPU's")
+@pytest.mark.parametrize("example", [0, 1], ids=["torch.nn", "transformers"])
+def test_an_example_prints_what_is_shown(example: int, tmp_path: Path) -> None:
+    """Tables word for word; a loss to what another processor's sums may make of it after some steps."""
+    (_, code), (_, shown) = BLOCKS[2 * example : 2 * example + 2]
+    if "transformers" in code and find_spec("transformers") is None:
+        pytest.skip("transformers is not installed: pip install -e '.[dev]'")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [line.partition(": loss ") for line in run.stdout.splitlines()]
+    expected = [line.partition(": loss ") for line in shown.splitlines()]
+    assert [before for before, _, _ in found] == [before for before, _, _ in expected]
+    for (_, _, loss), (_, _, wanted) in zip(found, expected, strict=True):
+        assert bool(loss) == bool(wanted)
+        assert not loss or float(loss) == pytest.approx(float(wanted), rel=0.05)
