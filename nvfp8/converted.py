@@ -146,7 +146,7 @@ class Casts:
         if not self.by_row:
             return (cast(w, self.w, rows, columns),) * 2
         return tuple(
-            fine.cast(x, operand) if wanted else None
+            fine.cast(x, operand, self.emulated) if wanted else None
             for x, operand, wanted in ((w, self.recipe.fprop.right, rows), (w.t(), self.recipe.dgrad.right, columns))
         )
 
@@ -274,9 +274,11 @@ def _linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool,
         casts.begin(weight)
         fprop, padded, w = casts.recipe.fprop, _to_multiple(flat), casts.weight(weight, cached, False)
         if by_row:
-            product = fine.product(fine.cast(padded, fprop.left), w, x.dtype, fprop.fast_accumulation, casts.emulated)
+            product = fine.product(
+                fine.cast(padded, fprop.left, casts.emulated), w, x.dtype, fprop.fast_accumulation, casts.emulated
+            )
             if keep:
-                kept, kept_inverse = fine.cast(padded.t(), casts.recipe.wgrad.right)
+                kept, kept_inverse = fine.cast(padded.t(), casts.recipe.wgrad.right, casts.emulated)
         else:
             q, t, _, inverse = cast(padded, casts.x, True, keep)
             assert q is not None
@@ -302,9 +304,9 @@ def _linear_backward(
         w: Any = casts.weight(weight, cached, True) if to_x else None
         if by_row:
             if to_x:
-                dx = fine.product(fine.cast(padded, dgrad.left), w, dy.dtype, dgrad.fast_accumulation, emulated)
+                dx = fine.product(fine.cast(padded, dgrad.left, emulated), w, dy.dtype, dgrad.fast_accumulation, emulated)
             if to_w:
-                dy_t, kept = fine.cast(padded.t(), wgrad.left), fine.FineFP8(x_t, x_inverse)
+                dy_t, kept = fine.cast(padded.t(), wgrad.left, emulated), fine.FineFP8(x_t, x_inverse)
                 dw = fine.product(dy_t, kept, weight.dtype, wgrad.fast_accumulation, emulated)
         else:
             q, t, _, inverse = cast(padded, casts.dy, to_x, to_w)

@@ -43,7 +43,8 @@ def decoded(x: Tensor, format: str, along: int | None = None) -> Tensor:
     """x after a cast by its own amax, of the whole or along a dimension, in fp64."""
     x = x.detach().float()
     amax = x.abs().amax() if along is None else x.abs().amax(along, keepdim=True)
-    scale = LARGEST[format] / amax
+    # A row's scale is a quotient; a tensor's is rounded twice, as PyTorch divides a number by a tensor.
+    scale = LARGEST[format] / amax if along is None else torch.full_like(amax, LARGEST[format]) / amax
     return (x * scale).clamp(-LARGEST[format], LARGEST[format]).to(FP8[format]).double() / scale.double()
 
 

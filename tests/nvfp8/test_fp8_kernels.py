@@ -291,9 +291,6 @@ def test_twin_of_the_heads(values: bool, dtype: torch.dtype) -> None:
     assert (found[2] is None) == (not values) and (d_gate is None or error(found[2], d_gate) < 1e-6)
 
 
-# Kernels against twins
-
-
 def compare(name: str, *arguments: object, exact: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Run a kernel and its twin: outputs and amax must agree, be the same again, and an amax that is large already must stay.
 
