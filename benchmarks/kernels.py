@@ -91,20 +91,16 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
         lambda: kernels.mix_norm_quantize(x, branch, x0, lambdas, GATE, scale, E4M3, amax),
     )  # fmt: skip
     yield Case("add_norm_quantize", (x, branch), lambda: kernels.add_norm_quantize(x, branch, scale, E4M3, amax))
-    for way in (False, True) if device == "cuda" else (False,):
-        named = ", split" if way else ", walked twice"
-        yield Case(
-            f"norm_backward_quantize{named}", (branch, x, rstd, d_stream),
-            _with_split(way, lambda: kernels.norm_backward_quantize(
-                branch, x, rstd, d_stream, scale, E4M3, scale, E5M2, amax
-            )), again=2 * flat.nbytes,
-        )  # fmt: skip
-        yield Case(
-            f"mix_norm_backward_quantize{named}", (d_stream, branch, d_head, x, x0, rstd, d_x0),
-            _with_split(way, lambda: kernels.mix_norm_backward_quantize(
-                d_stream, branch, d_head, x, x0, lambdas, rstd, d_x0, scale, E4M3, scale, E5M2, amax
-            )), again=2 * flat.nbytes + d_head.nbytes,
-        )  # fmt: skip
+    yield Case(
+        "norm_backward_quantize", (branch, x, rstd, d_stream),
+        lambda: kernels.norm_backward_quantize(branch, x, rstd, d_stream, scale, E4M3, scale, E5M2, amax), again=2 * flat.nbytes,
+    )  # fmt: skip
+    yield Case(
+        "mix_norm_backward_quantize", (d_stream, branch, d_head, x, x0, rstd, d_x0),
+        lambda: kernels.mix_norm_backward_quantize(
+            d_stream, branch, d_head, x, x0, lambdas, rstd, d_x0, scale, E4M3, scale, E5M2, amax
+        ), again=2 * flat.nbytes + d_head.nbytes,
+    )  # fmt: skip
 
     qkv, cos, sin = random(*shape, 3 * d), random(length, HEAD // 2), random(length, HEAD // 2)
     table, ids = random(32768 if device == "cuda" else 64, d), torch.randint(64, shape, device=device)
@@ -136,39 +132,18 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
         return lambda: torch._scaled_mm(left, w_q.t(), scale_a=inverse, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
     flops = 2 * m * d * hidden
-    yield Case(
-        "gemm_relu_squared", (x_q, w_q), lambda: kernels.gemm_relu_squared(x_q, w_q, inverse, scale, E4M3, amax),
-        flops=flops, peer=cublas(x_q, fast=True), after="relu_squared_quantize",
-    )  # fmt: skip
-    for promote in (128, None) if device == "cuda" else (128,):
+    for fast in (True, False) if device == "cuda" else (True,):
+        named = "" if fast else ", promoted"
         yield Case(
-            "gemm_relu_squared_backward" + ("" if promote else ", never promoted"), (dy_q, w_q, a_t),
-            _with_promotion(promote, lambda: kernels.gemm_relu_squared_backward(
-                dy_q, w_q, inverse, a_t, scale, scale, E5M2, amax
-            )), flops=flops, peer=cublas(dy_q, fast=promote is None), after="relu_squared_backward_quantize",
+            "gemm_relu_squared" + named, (x_q, w_q),
+            partial(kernels.gemm_relu_squared, x_q, w_q, inverse, scale, E4M3, fast, amax),
+            flops=flops, peer=cublas(x_q, fast), after="relu_squared_quantize",
         )  # fmt: skip
-
-
-def _with_split(split: bool, call: Callable[[], Any]) -> Callable[[], Any]:
-    def set_and_call() -> Any:
-        if torch.cuda.is_available():
-            from nvfp8.kernels import norm_fp8
-
-            norm_fp8.SPLIT = split
-        return call()
-
-    return set_and_call
-
-
-def _with_promotion(promote: int | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    def set_and_call() -> Any:
-        if torch.cuda.is_available():
-            from nvfp8.kernels import gemm_fp8
-
-            gemm_fp8.PROMOTE = promote
-        return call()
-
-    return set_and_call
+        yield Case(
+            "gemm_relu_squared_backward" + named, (dy_q, w_q, a_t),
+            partial(kernels.gemm_relu_squared_backward, dy_q, w_q, inverse, a_t, scale, scale, E5M2, fast, amax),
+            flops=flops, peer=cublas(dy_q, fast), after="relu_squared_backward_quantize",
+        )  # fmt: skip
 
 
 def measure(m: int, d: int, only: str, repeats: int, copy: float) -> None:

@@ -214,7 +214,7 @@ def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
 
 
 def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
-    """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; GEMMs left in bf16 are not counted.
+    """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; what is left in bf16 is not counted.
 
     With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. Scales by row
     or block are cast in plain PyTorch, with three fp32 copies of what is cast. Not measured yet.

@@ -36,7 +36,7 @@ class EngineOptions:
     """What `--precision te` can be told, and of it the recipe `--precision fp8`; `base_train --help` says what each means.
 
     Attributes:
-        recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,bf16=h.0+h.11.mlp".
+        recipe: "auto", a name of `nvfp8.recipe.RECIPES`, or one with changes: "delayed:margin=1,bf16=h.0+h.*.mlp.c_fc:wgrad".
         layers: "fused" or "separate".
         head: "chunked", "te", or "auto": "te", which is faster, where weights are bf16, as it needs them.
         weights: "bf16" or "fp8".

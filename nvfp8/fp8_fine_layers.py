@@ -6,20 +6,22 @@ own, x by row for fprop and xᵀ by row for wgrad, each measured before it is ca
 history helps, and gradients are cast by the layer that reads them. Nothing is fused but norm, mix and relu²: these recipes are
 for comparing what a model learns, not for speed. Casts are plain PyTorch on every device.
 
-Kept for backward: xᵀ in FP8 of each projection, the norms' inputs, relu(h)² in bf16.
+Kept for backward: xᵀ in FP8 of each projection (x where its wgrad is left in bf16), the norms' inputs, relu(h)² in bf16.
 What is not finite becomes NaN (its scale is 0), in the loss or a gradient, where a run looks.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import scaling
-from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled
+from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
+from nvfp8.matmul import weight_gradient
 from nvfp8.ops import ops
-from nvfp8.recipe import Operand, Recipe
+from nvfp8.recipe import GEMMS, Operand, Recipe
 from nvfp8.rounding import FORMATS
 
 BLOCK = 128
@@ -38,8 +40,9 @@ class FineFP8(NamedTuple):
 
 
 def cast(x: Tensor, operand: Operand) -> FineFP8:
-    """Quantize x (R, K) with scales measured along K, as `operand` says; blocks want multiples of 128."""
+    """Quantize x (R, K), of any strides, with scales measured along K, as `operand` says; blocks want multiples of 128."""
     dtype = scaling.DTYPES[operand.format]
+    x = x.contiguous()  # elementwise results keep the strides of a transpose, which a GEMM summed over K does not take
     rows, columns = {"row": (1, x.shape[1]), "block1x128": (1, BLOCK), "block128x128": (BLOCK, BLOCK)}[operand.scaling]
     blocks = x.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # (R/rows, rows, K/columns, columns)
     amax = blocks.abs().amax((1, 3), keepdim=True)
@@ -61,10 +64,12 @@ def product(a: FineFP8, b: FineFP8, out_dtype: torch.dtype, fast: bool, emulated
     """The product a (M, K) · b (N, K)ᵀ -> (M, N).
 
     Raises:
-        ValueError: E5M2 times E5M2.
+        ValueError: E5M2 times E5M2, or an operand that is not contiguous along K, refused on every device.
     """
     if a.data.dtype == b.data.dtype == torch.float8_e5m2:
         raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer")
+    if not (a.data.is_contiguous() and b.data.is_contiguous()):
+        raise ValueError("both operands must be contiguous along the summed axis")
     if a.data.is_cuda and not emulated:
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a=a.inverse, scale_b=b.inverse.t(), out_dtype=out_dtype, use_fast_accum=fast
@@ -75,9 +80,12 @@ def product(a: FineFP8, b: FineFP8, out_dtype: torch.dtype, fast: bool, emulated
 class _FineLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "FineProjection", *weights: Tensor) -> Tensor:
-        recipe, flat = layer.recipe, x.flatten(0, -2)
+        recipe, flat, left = layer.recipe, x.flatten(0, -2), layer.in_bf16
         ctx.layer, (w, ctx.w_t) = layer, layer.copies()
-        ctx.save_for_backward(*cast(flat.t(), recipe.wgrad.right))
+        kept = (flat, None) if "wgrad" in left else cast(flat.t(), recipe.wgrad.right)
+        ctx.save_for_backward(*kept, *(weights if "dgrad" in left else ()))
+        if w is None:
+            return F.linear(x, stacked(weights, x.dtype))
         out = product(cast(flat, recipe.fprop.left), w, x.dtype, recipe.fprop.fast_accumulation, layer.emulated)
         return out.view(*x.shape[:-1], -1)
 
@@ -86,29 +94,39 @@ class _FineLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         layer: FineProjection = ctx.layer
         recipe, flat = layer.recipe, d_out.flatten(0, -2)
+        x, inverse, *weights = ctx.saved_tensors
         dgrad, wgrad = recipe.dgrad, recipe.wgrad
-        dx = product(cast(flat, dgrad.left), ctx.w_t, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
+        if ctx.w_t is None:
+            dx = flat @ stacked(weights, d_out.dtype)
+        else:
+            dx = product(cast(flat, dgrad.left), ctx.w_t, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
         dtype = layer.layers[0].weight.dtype
-        dw = product(cast(flat.t(), wgrad.left), FineFP8(*ctx.saved_tensors), dtype, wgrad.fast_accumulation, layer.emulated)
+        if inverse is None:
+            dw = weight_gradient(flat, x, dtype)
+        else:
+            dw = product(cast(flat.t(), wgrad.left), FineFP8(x, inverse), dtype, wgrad.fast_accumulation, layer.emulated)
         return dx.view(*d_out.shape[:-1], -1), None, *dw.split([len(part.weight) for part in layer.layers])
 
 
 class FineProjection:
     """One weight, or several stacked, and its two FP8 copies, cast when a parameter has changed."""
 
-    def __init__(self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool):
-        """Cast nothing yet."""
-        self.layers, self.recipe, self.emulated = layers, recipe, emulated
+    def __init__(self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, in_bf16: frozenset[str]):
+        """Cast nothing yet; `in_bf16` are those of GEMMS that stay in bf16, not all."""
+        self.layers, self.recipe, self.emulated, self.in_bf16 = layers, recipe, emulated, in_bf16
         self._cast_from: list[tuple[int, int, int]] = []
-        self._copies: tuple[FineFP8, FineFP8] | None = None
+        self._copies: tuple[FineFP8 | None, FineFP8 | None] | None = None
 
     @torch.no_grad()
-    def copies(self) -> tuple[FineFP8, FineFP8]:
-        """W (N, K) for fprop and Wᵀ (K, N) for dgrad."""
+    def copies(self) -> tuple[FineFP8 | None, FineFP8 | None]:
+        """W (N, K) for fprop and Wᵀ (K, N) for dgrad, None for what is in bf16."""
         cast_from = [(id(part.weight), part.weight.data_ptr(), part.weight._version) for part in self.layers]
         if self._copies is None or cast_from != self._cast_from:
             w = torch.cat([part.weight.detach() for part in self.layers])
-            self._copies = cast(w, self.recipe.fprop.right), cast(w.t(), self.recipe.dgrad.right)
+            self._copies = (
+                None if "fprop" in self.in_bf16 else cast(w, self.recipe.fprop.right),
+                None if "dgrad" in self.in_bf16 else cast(w.t(), self.recipe.dgrad.right),
+            )
             self._cast_from = cast_from
         return self._copies
 
@@ -121,10 +139,12 @@ class FineProjection:
 class FineLinear(Linear):
     """x·Wᵀ without bias."""
 
-    def __init__(self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: bool):
-        """Allocate the weight (out_features, in_features); `in_bf16` leaves it in bf16."""
+    def __init__(
+        self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: frozenset[str]
+    ):
+        """Allocate the weight (out_features, in_features); `in_bf16`, of GEMMS, stay in bf16."""
         super().__init__(in_features, out_features, dtype)
-        self.projection = None if in_bf16 else FineProjection((self,), recipe, emulated)
+        self.projection = None if in_bf16 >= set(GEMMS) else FineProjection((self,), recipe, emulated, in_bf16)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) bf16 -> (..., out_features)."""
@@ -136,10 +156,10 @@ class FineLinear(Linear):
 class FineNormLinear(NormLinear):
     """Residual mix, RMSNorm and several projections in one GEMM."""
 
-    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: bool):
+    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: frozenset[str]):
         """Join `projections`, all with the same in_features."""
         super().__init__(*projections)
-        self.projection = None if in_bf16 else FineProjection(projections, recipe, emulated)
+        self.projection = None if in_bf16 >= set(GEMMS) else FineProjection(projections, recipe, emulated, in_bf16)
 
     def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `NormLinear`."""

@@ -11,19 +11,23 @@ the MLP (2), aᵀ in FP8 (4), 1/rms twice: 16, where bf16 keeps 20 and a compile
 read anyway: x̂ᵀ inside the norm's backward, oᵀ by casting o again, relu's derivative 2√a from aᵀ.
 
 Outside `scaling.autocast` everything is bf16 from the weights as they are: evaluation and decoding take any number of tokens. The
-same path serves a layer that a recipe leaves in bf16.
+same path serves a layer that a recipe leaves in bf16. Of a layer it may also leave single GEMMs. Such a GEMM must not see what was
+rounded to FP8 for another, or it would not show what that rounding costs: so the layer is fused with nothing, keeps x in bf16, gets
+its gradient in bf16, and casts for its other GEMMs by itself (`_Linear`).
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import scaling
-from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, settled
+from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
+from nvfp8.matmul import weight_gradient
 from nvfp8.quantize import Projection, Quantized, ask, asked, gradient, hand, measured, quantize
-from nvfp8.recipe import Recipe
+from nvfp8.recipe import GEMMS, Recipe
 from nvfp8.scaling import Site
 
 
@@ -43,31 +47,63 @@ def _hand_dx(dx: Tensor, site: Site | None, q: Tensor, t: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection, *weights: Tensor) -> Tensor:
-        ctx.projection, ctx.w = projection, projection.weight()
+        left = projection.in_bf16
+        ctx.projection, ctx.w = projection, None if left >= {"fprop", "dgrad"} else projection.weight()
+        kept = weights if "dgrad" in left else ()
+        if "fprop" in left:
+            ctx.save_for_backward(x, None, None, *kept)
+            return F.linear(x, stacked(weights, x.dtype))
         cast = quantize(x.flatten(0, -2), projection.x, columns=False)
         assert cast.q is not None
-        ctx.save_for_backward(x, cast.scale, cast.inverse)
+        ctx.save_for_backward(x, cast.scale, cast.inverse, *kept)
         return projection.fprop(cast.q, cast.inverse, ctx.w, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, inverse = ctx.saved_tensors
+        x, scale, inverse, *weights = ctx.saved_tensors
         projection: Projection = ctx.projection
-        dy = gradient(d_out, projection.dy)
-        dx = projection.dgrad(dy, ctx.w, x.dtype).view(x.shape)
-        kernels = projection.x.kernels(x)
-        _, x_t = kernels.quantize(x.flatten(0, -2), scale, projection.x.dtype, None, rows=False, columns=True)
-        return dx, None, *projection.wgrad(dy, x_t, inverse)
+        dgrad, wgrad = (gemm not in projection.in_bf16 for gemm in ("dgrad", "wgrad"))  # in FP8?
+        if not (dgrad and wgrad):
+            d_out = d_out.contiguous()
+        if dgrad or wgrad:
+            dy = gradient(d_out, projection.dy, rows=dgrad, columns=wgrad)
+        dx = projection.dgrad(dy, ctx.w, x.dtype).view(x.shape) if dgrad else d_out @ stacked(weights, x.dtype)
+        if not wgrad:
+            dw = weight_gradient(d_out, x, projection.weights[0].dtype)
+            return dx, None, *dw.split([len(weight) for weight in projection.weights])
+        flat, site = x.flatten(0, -2), projection.x
+        if scale is None:  # forward was in bf16
+            cast = quantize(flat, site, rows=False)
+        else:
+            _, x_t = site.kernels(x).quantize(flat, scale, site.dtype, None, rows=False, columns=True)
+            cast = Quantized(None, x_t, scale, inverse)
+        assert cast.t is not None
+        return dx, None, *projection.wgrad(dy, cast.t, cast.inverse)
+
+
+def _project(x: Tensor, projection: Projection) -> Tensor:
+    out = _Linear.apply(x.contiguous(), projection, *projection.weights)
+    # Where a GEMM of backward is in bf16, the gradient must not arrive in FP8 alone.
+    return ask(out, projection.dy) if projection.in_bf16 <= {"fprop"} else out
+
+
+def _projections(
+    layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, in_bf16: frozenset[str], normed: bool = False
+) -> tuple[Projection, ...]:
+    """One, or none where all GEMMs are in bf16."""
+    return () if in_bf16 >= set(GEMMS) else (Projection(layers, recipe, emulated, normed=normed, in_bf16=in_bf16),)
 
 
 class FP8Linear(Linear):
     """x·Wᵀ without bias; the input is kept in bf16 and cast twice, because attention keeps it in bf16 anyway."""
 
-    def __init__(self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: bool):
-        """Allocate the weight (out_features, in_features), both multiples of 16; `in_bf16` leaves it in bf16."""
+    def __init__(
+        self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: frozenset[str]
+    ):
+        """Allocate the weight (out_features, in_features), both multiples of 16; `in_bf16`, of GEMMS, stay in bf16."""
         super().__init__(in_features, out_features, dtype)
-        self.projections: tuple[Projection, ...] = () if in_bf16 else (Projection((self,), recipe, emulated),)
+        self.projections = _projections((self,), recipe, emulated, in_bf16)
         self.joined = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +112,7 @@ class FP8Linear(Linear):
         if not _in_fp8(projection, x):
             return super().forward(x)
         assert projection is not None and not self.joined
-        return ask(_Linear.apply(x.contiguous(), projection, self.weight), projection.dy)
+        return _project(x, projection)
 
 
 def _join(*layers: Linear) -> None:
@@ -128,11 +164,11 @@ class _NormLinear(torch.autograd.Function):
 class FP8NormLinear(NormLinear):
     """Residual mix, RMSNorm and several projections in one GEMM: one kernel in front of it, one behind it in backward."""
 
-    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: bool):
+    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: frozenset[str]):
         """Join `projections`, all with the same in_features; their sizes together a multiple of 16."""
         super().__init__(*projections)
         _join(*projections)
-        self.projections = () if in_bf16 else (Projection(projections, recipe, emulated, normed=True),)
+        self.projections = _projections(projections, recipe, emulated, in_bf16, normed=True)
 
     def forward(self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `NormLinear`; nobody may add to the stream in place."""
@@ -141,6 +177,9 @@ class FP8NormLinear(NormLinear):
         if not _in_fp8(projection, stream):
             return super().forward(x, x0, lambdas, width)
         assert projection is not None
+        if projection.in_bf16:
+            stream, branch, x0, head = mix(x, x0, lambdas, width)
+            return stream, x0, head, _project(RMSNorm()(branch), projection)
         mixed, x0, head, out = _NormLinear.apply(stream, pending, x0, lambdas, width, projection, *projection.weights)
         return mixed, x0, head, ask(out, projection.dy)
 
@@ -184,7 +223,9 @@ def _activate(normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: t
     """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before."""
     kernels = site.kernels(normed)
     if site.ready:
-        a, a_t = kernels.gemm_relu_squared(normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, site.amax)
+        a, a_t = kernels.gemm_relu_squared(
+            normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, fc.recipe.fprop.fast_accumulation, site.amax
+        )
         return Quantized(a, a_t, site.scale, site.inverse)
     h = fc.fprop(normed, fc.x.inverse, w, dtype)
     return measured(site, lambda scale, amax: kernels.relu_squared_quantize(h, scale, site.dtype, amax))
@@ -197,7 +238,7 @@ def _activate_backward(
     kernels = site.kernels(a_t)
     if site.ready:
         dh, dh_t = kernels.gemm_relu_squared_backward(
-            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, site.amax
+            dy.q, w.t, dy.inverse * w.inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )
         return Quantized(dh, dh_t, site.scale, site.inverse)
     d_a = proj.dgrad(dy, w, dtype)
@@ -208,12 +249,13 @@ class FP8ReluSquaredMLP(ReluSquaredMLP):
     """x + c_proj(relu(c_fc(norm(x)))²): two GEMMs each way for dx, two for dW; keeps its input and aᵀ in FP8."""
 
     def __init__(self, c_fc: FP8Linear, c_proj: FP8Linear, recipe: Recipe, emulated: bool):
-        """Join c_fc (hidden, width) and c_proj (width, hidden). Where one of them stays in bf16, nothing between them is fused."""
+        """Join c_fc (hidden, width) and c_proj (width, hidden). Where a GEMM of theirs, not all, is in bf16, nothing is fused."""
         torch.nn.Module.__init__(self)
         self.c_fc, self.c_proj = c_fc, c_proj
         self.projections: tuple[Projection, ...] = ()
-        self.separate = bool(c_fc.projections) != bool(c_proj.projections)
-        if c_fc.projections and c_proj.projections:
+        fused = all(layer.projections and not layer.projections[0].in_bf16 for layer in (c_fc, c_proj))
+        self.separate = not fused and bool(c_fc.projections or c_proj.projections)
+        if fused:
             _join(c_fc, c_proj)
             self.projections = (
                 Projection((c_fc,), recipe, emulated, "{}.c_fc", normed=True),

@@ -17,7 +17,7 @@ from nvfp8.fp8_fine_layers import FineLinear, FineMLP, FineNormLinear
 from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
-from nvfp8.recipe import RECIPES, Recipe, covers
+from nvfp8.recipe import GEMMS, RECIPES, Recipe, covers
 
 Projection = Linear | te_layers.TELinear
 JoinedProjections = NormLinear | te_layers.TENormLinear | te_layers.SeparateNormLinear
@@ -223,7 +223,7 @@ class FP8Precision(Precision):
         recipe: how the GEMMs run, and what stays in bf16.
         emulated: the same numerics by plain PyTorch, on any device.
         path: dotted name of the part of the model that this makes layers for.
-        made: names of all GEMMs made so far, shared by the precisions of all parts.
+        made: names of all layers made so far, three GEMMs each, shared by the precisions of all parts.
     """
 
     recipe: Recipe = RECIPES["delayed"]
@@ -235,9 +235,9 @@ class FP8Precision(Precision):
         """This precision for a part called `name` of this part."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
-    def _in_bf16(self) -> bool:
+    def _in_bf16(self) -> frozenset[str]:
         self.made.add(self.path)
-        return self.recipe.keeps_in_bf16(self.path)
+        return self.recipe.gemms_in_bf16(self.path)
 
     @property
     def _fine(self) -> bool:
@@ -272,7 +272,7 @@ class FP8Precision(Precision):
         for pattern in self.recipe.bf16:
             if not any(covers(pattern, name) for name in self.made):
                 names = ", ".join(sorted(self.made)[:4])
-                raise ValueError(f"recipe {self.recipe.name}: bf16={pattern} is no part of this model, whose GEMMs are {names}, …")
+                raise ValueError(f"recipe {self.recipe.name}: bf16={pattern} is no part of this model, whose layers are {names}, …")
         kinds = (FP8Linear, FP8NormLinear, FP8ReluSquaredMLP)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.projections}
         sites = {name: [site for part in layer.projections for site in part.sites] for name, layer in layers.items()}
@@ -289,14 +289,17 @@ class FP8Precision(Precision):
 
     def describe(self) -> dict[str, str]:
         """What each part of the model runs in."""
-        excepted = [name for name in self.made if self.recipe.keeps_in_bf16(name)]
+        excepted = [gemms for name in self.made if (gemms := self.recipe.gemms_in_bf16(name))]
+        mixed = sum(len(gemms) < len(GEMMS) for gemms in excepted)
         fused = {
             "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
             "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix",
         }
         apart = {part: "FP8 GEMM, casts in plain PyTorch, each by itself" for part in fused}
-        kept = f"{', '.join(self.recipe.bf16)} ({len(excepted)} of {len(self.made)} GEMMs)" if self.recipe.bf16 else "none"
+        count = f"{sum(map(len, excepted))} of {len(GEMMS) * len(self.made)} GEMMs"
+        count += f"; {mixed} layers with some of theirs in FP8 are not fused" if mixed else ""
+        kept = f"{', '.join(self.recipe.bf16)} ({count})" if self.recipe.bf16 else "none"
         return {
             **(apart if self._fine else fused),
             "recipe": f"{self.recipe.name}: {self.recipe.describe()}",

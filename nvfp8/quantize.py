@@ -99,8 +99,8 @@ def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: T
     return hand(torch.full((), torch.nan, dtype=dtype, device=q.device).expand(shape), site, q, t)
 
 
-def gradient(dy: Tensor, site: Site) -> Quantized:
-    """A gradient (..., N) in both layouts: as it was handed over, or cast here.
+def gradient(dy: Tensor, site: Site, *, rows: bool = True, columns: bool = True) -> Quantized:
+    """A gradient (..., N) in both layouts, as it was handed over, or cast here in those that are wanted.
 
     What was handed over is taken off the tensor, which may live on as the gradient of the residual stream.
     """
@@ -108,7 +108,7 @@ def gradient(dy: Tensor, site: Site) -> Quantized:
     if quantized is not None and of is site and dy._version == version:
         delattr(dy, _HANDED)
         return quantized
-    return quantize(dy.contiguous().flatten(0, -2), site)
+    return quantize(dy.contiguous().flatten(0, -2), site, rows=rows, columns=columns)
 
 
 class Projection:
@@ -119,9 +119,13 @@ class Projection:
         x: site of the input.
         w: site of the weight.
         dy: site of the output's gradient.
+        in_bf16: those of the three that stay in bf16, not all; only `fp8_layers._Linear` computes such.
     """
 
-    def __init__(self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, label: str = "{}", normed: bool = False):
+    def __init__(
+        self, layers: tuple[Linear, ...], recipe: Recipe, emulated: bool, label: str = "{}", normed: bool = False,
+        in_bf16: frozenset[str] = frozenset(),
+    ):  # fmt: skip
         """Cast nothing yet.
 
         Args:
@@ -130,8 +134,9 @@ class Projection:
             emulated: compute by the twins.
             label: the layer's name in messages, {} being the module's.
             normed: the input comes from RMSNorm.
+            in_bf16: "fprop", "dgrad", "wgrad".
         """
-        self.layers, self.recipe, self.emulated = layers, recipe, emulated
+        self.layers, self.recipe, self.emulated, self.in_bf16 = layers, recipe, emulated, in_bf16
         width = layers[0].weight.shape[1]
         kind = "normed" if normed else "activation"
         self.x = Site(f"the input of {label}", kind, recipe.fprop.left, emulated, width)  # type: ignore[arg-type]
@@ -152,13 +157,17 @@ class Projection:
 
     @torch.no_grad()
     def weight(self) -> Quantized:
-        """W (N, K) and Wᵀ (K, N) in FP8, cast when a parameter has changed: once a step, however many micro-batches it has."""
+        """W (N, K) and Wᵀ (K, N) in FP8, cast when a parameter has changed: once a step, however many micro-batches it has.
+
+        Only the layouts that a GEMM in FP8 reads.
+        """
         cast_from = [(id(weight), weight.data_ptr(), weight._version) for weight in self.weights]
         if self._copies is None or cast_from != self._cast_from:
             self._copies = None  # its memory is taken again
             parts = [weight.detach() for weight in self.weights]
             # Its own amax, as a site without history; no margin, for nothing changes between measuring and casting.
-            self._copies = quantize(torch.cat(parts) if len(parts) > 1 else parts[0], self.w)
+            w, left = torch.cat(parts) if len(parts) > 1 else parts[0], self.in_bf16
+            self._copies = quantize(w, self.w, rows="fprop" not in left, columns="dgrad" not in left)
             self._cast_from = cast_from
         return self._copies
 

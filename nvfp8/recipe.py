@@ -20,6 +20,7 @@ from typing import Literal
 Format = Literal["bf16", "e4m3", "e5m2", "e2m1"]
 Scaling = Literal["none", "delayed", "current", "row", "block1x128", "block128x128", "mx32", "nv16"]
 
+GEMMS = ("fprop", "dgrad", "wgrad")
 _PER_TENSOR = ("delayed", "current")
 # What hardware must offer for a scaling (`nvfp8.hardware.missing`).
 _FEATURES = {
@@ -97,7 +98,8 @@ class Recipe:
         amax_compute_algo: which of them counts: the largest ("max") or the newest ("most_recent").
         interval: steps between updates of the scale; Transformer Engine dropped the choice, so 1.
         bf16: what stays in bf16: dotted names of blocks, layers or projections ("h.0", "h.11.mlp", "h.3.attn.c_proj"), * for any
-            part of a name. c_q, c_k and c_v are one GEMM, "attn.qkv".
+            part of a name. c_q, c_k and c_v are one GEMM, "attn.qkv". With a GEMM behind a colon that one alone does, of all
+            that the name covers: "h.*.mlp.c_proj:wgrad", "*:dgrad".
     """
 
     name: str
@@ -123,6 +125,10 @@ class Recipe:
         history = (self.margin, self.amax_history_len, self.amax_compute_algo)
         if history != (0, 16, "max") and not any(operand.scaling == "delayed" for operand in self.operands):
             raise ValueError(f"recipe {self.name!r} has no history: margin, amax_history_len and amax_compute_algo go with delayed")
+        for pattern in self.bf16:
+            _, colon, gemm = pattern.partition(":")
+            if colon and gemm not in GEMMS:
+                raise ValueError(f"bf16={pattern}: {gemm!r} is no GEMM of a layer: choose {', '.join(GEMMS)}, or none for all")
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -134,9 +140,10 @@ class Recipe:
         """What a device must have, names of `nvfp8.hardware.FEATURES`, sorted."""
         return tuple(sorted({_FEATURES[operand.scaling] for operand in self.operands if operand.scaling != "none"}))
 
-    def keeps_in_bf16(self, name: str) -> bool:
-        """Whether the layer `name` ("h.11.mlp.c_fc"), or a part of the model that holds it, is among `bf16`."""
-        return any(covers(pattern, name) for pattern in self.bf16)
+    def gemms_in_bf16(self, name: str) -> frozenset[str]:
+        """Which of GEMMS stay in bf16 in the layer `name` ("h.11.mlp.c_fc"), by its own name or that of what holds it."""
+        named = [pattern.partition(":")[2] for pattern in self.bf16 if covers(pattern, name)]
+        return frozenset(GEMMS if "" in named else named)
 
     def describe(self) -> str:
         """One line: the three GEMMs with formats, scaling and accumulation."""
@@ -145,8 +152,8 @@ class Recipe:
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether a dotted `pattern` is `name` or a beginning of it; * stands for any one part."""
-    parts, of = pattern.split("."), name.split(".")
+    """Whether a dotted `pattern`, but for a GEMM behind it, is `name` or a beginning of it; * stands for any one part."""
+    parts, of = pattern.partition(":")[0].split("."), name.split(".")
     return len(parts) <= len(of) and all(part in ("*", other) for part, other in zip(parts, of, strict=False))
 
 
@@ -197,7 +204,7 @@ def recipe(name: str, **changes: object) -> Recipe:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """The recipe a flag names: `<name>` or `<name>:<field>=<value>,…`, such as "delayed:margin=1,bf16=h.0+h.11.mlp".
+    """The recipe a flag names: `<name>` or `<name>:<field>=<value>,…`, such as "delayed:margin=1,bf16=h.0+h.11.mlp:wgrad".
 
     Raises:
         ValueError: no such name or field, or a value that makes no recipe; the message says what can be written.

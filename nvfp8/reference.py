@@ -24,7 +24,6 @@ from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_b
 from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE
-from nvfp8.reference_math import add as add
 from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
@@ -47,8 +46,16 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`add`, and the norm of the sum as it was rounded: x (..., D), x̂ (..., D), 1/rms (...)."""
-    x = add(stream, branch)
+    """A branch added to the residual stream, and the norm of the sum as it was rounded.
+
+    Args:
+        stream: (..., D).
+        branch: (..., D), same dtype.
+
+    Returns:
+        x (..., D) and x̂ (..., D) in the stream's dtype, 1/rms (...) in fp32.
+    """
+    x = stream + branch
     return x, *norm_forward(x)
 
 

@@ -15,7 +15,7 @@ dimension.
 import torch
 from torch import Tensor
 
-from nvfp8.reference_math import add, heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
+from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, wide
 from nvfp8.rounding import FORMATS
 
 
@@ -97,7 +97,7 @@ def mix_norm_quantize(
 def add_norm_quantize(
     stream: Tensor, branch: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A branch added to the residual stream, rounded stochastically as in `add`, and the sum's RMSNorm in FP8.
+    """A branch added to the residual stream, and the RMSNorm of the sum as it was rounded, in FP8.
 
     Args:
         stream: (..., D) bf16.
@@ -109,7 +109,7 @@ def add_norm_quantize(
     Returns:
         x = stream + branch (..., D) in stream's dtype, norm(x) (M, D) in FP8, 1/rms of x (...) fp32.
     """
-    x = add(stream, branch)
+    x = stream + branch
     normed, rstd = norm(wide(x))
     return x, _rows(normed, scale, dtype, amax), rstd
 
@@ -246,7 +246,7 @@ def heads_backward_quantize(
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """relu(x·wᵀ)² in FP8, x·wᵀ never stored.
 
@@ -256,17 +256,19 @@ def gemm_relu_squared(
         inverse_scale: 0-D fp32, 1 / (scale of x · scale of w).
         scale: 0-D fp32, of the result.
         dtype: FP8 format of the result.
+        fast: sum in the tensor core's own 14 bits or so, rather than promote to fp32 every 128 terms; a twin never does.
         amax: 0-D fp32 of the result, raised in place, or None.
 
     Returns:
         a (M, N), aᵀ (N, M).
     """
+    del fast
     return _both(_product(x_q, w_q, inverse_scale).relu().square(), scale, dtype, amax)
 
 
 def gemm_relu_squared_backward(
     dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
-    amax: Tensor | None,
+    fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A gradient GEMM through relu²: dh = (dy·w) · 2·√a in FP8; the gradient of a is never stored.
 
@@ -278,11 +280,13 @@ def gemm_relu_squared_backward(
         a_scale: 0-D fp32 it was written with.
         scale: 0-D fp32, of dh.
         dtype: FP8 format of dh.
+        fast: as in `gemm_relu_squared`.
         amax: 0-D fp32 of dh, raised in place, or None.
 
     Returns:
         dh (M, N), dhᵀ (N, M).
     """
+    del fast
     return _both(_relu_squared_gradient(_product(dy_q, w_t, inverse_scale), a_t, a_scale), scale, dtype, amax)
 
 

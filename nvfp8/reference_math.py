@@ -7,8 +7,6 @@ Letters as in `nvfp8/reference.py`.
 import torch
 from torch import Tensor
 
-from nvfp8.rounding import draw, split
-
 # nanochat calls rms_norm without eps: PyTorch then takes fp32's machine epsilon, whatever the dtype.
 NORM_EPS = 2.0**-23
 # Queries and keys are sharpened after their norm: each carries the factor 1.2.
@@ -68,20 +66,3 @@ def heads_gradient(
     if table is None or ids is None:
         return d_qkv, None
     return d_qkv, (wide_dv * wide(table[ids]).view_as(wide_dv)).sum(-1)
-
-
-def add(stream: Tensor, branch: Tensor) -> Tensor:
-    """Add a branch to the residual stream; a bf16 stream is rounded stochastically.
-
-    Rounded to nearest, a branch below half of the stream's last bit would leave every element as it was. The random bits are a
-    hash of an element's place.
-
-    Args:
-        stream: (..., D).
-        branch: (..., D).
-
-    Returns:
-        (..., D) in the stream's dtype.
-    """
-    total = wide(stream) + wide(branch)
-    return split(total, None, draw(total, 0))[0] if stream.dtype == torch.bfloat16 else total.to(stream.dtype)

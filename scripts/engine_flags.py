@@ -14,7 +14,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="auto, delayed, e4m3 (delayed, gradients in E4M3 too), current or blockwise; with te also mxfp8 or nvfp4, with fp8 "
         "rowwise; delayed takes settings, as in delayed:margin=1,amax_history_len=32,amax_compute_algo=most_recent; "
         "--precision fp8 leaves what is named in bf16, as in delayed:bf16=h.0+h.11.mlp+h.*.attn.c_proj (parts: attn.qkv, "
-        "attn.c_proj, mlp.c_fc, mlp.c_proj) "
+        "attn.c_proj, mlp.c_fc, mlp.c_proj; * is any part of a name), or single GEMMs of it, as in h.*.mlp.c_proj:wgrad+*:dgrad "
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(

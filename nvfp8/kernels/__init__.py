@@ -8,7 +8,6 @@ from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
 from nvfp8.kernels.norm import (
-    add,
     add_norm_forward,
     mix_backward,
     mix_forward,
@@ -28,7 +27,6 @@ from nvfp8.kernels.symmetric import symmetric_product_
 
 __all__ = [
     "adamw_",
-    "add",
     "add_norm_forward",
     "add_norm_quantize",
     "add_rows_",

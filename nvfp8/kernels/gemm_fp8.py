@@ -9,8 +9,8 @@ The accumulators leave in two halves, which halves the shared memory the results
 (160 KiB forward, 208 backward with the tile of aᵀ; 225 and 254 registers a thread on sm_90, none spilled).
 The result is quantized in the epilogue, so its scale must be known beforehand: this is for delayed scaling.
 
-Sums: a tensor core adds FP8 products in about 14 bits. Forward keeps that (K = D, and measured to matter little there); the
-gradient promotes to fp32 every PROMOTE products, as `nvfp8/recipe.py` says for dgrad. M, N and K must be multiples of 16 (TMA).
+Sums: a tensor core adds FP8 products in about 14 bits, fast; or the sum is promoted to fp32 every 128 terms. A recipe chooses
+(`nvfp8/recipe.py`). M, N and K must be multiples of 16 (TMA).
 """
 
 from functools import cache
@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, roomy, to_fp8
 
-PROMOTE: int | None = 128  # products that the gradient's GEMM adds before it promotes, at most the tile's K; None for never
 GROUP = 8  # tile rows that are walked together
 
 
@@ -82,7 +81,7 @@ def _finish(products, a, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: tl.
 
 
 @cache
-def _tiles(device: torch.device, promote: bool) -> dict[str, int]:
+def _tiles(device: torch.device, fast: bool) -> dict[str, int]:
     """Sizes of a tile, and how it runs.
 
     Promotion keeps sums twice. A warp group has its 128 × 128 sums of a 256 × 128 tile in two parts and promotes one after the
@@ -93,14 +92,13 @@ def _tiles(device: torch.device, promote: bool) -> dict[str, int]:
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     if not roomy():
         return {"BM": 128, "BN": 128, "BK": 64, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
-    if promote:
-        return {"BM": 256, "BN": 128, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
-    return {"BM": 128, "BN": 256, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    bm, bn = (128, 256) if fast else (256, 128)
+    return {"BM": bm, "BN": bn, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
 
 
 def _launch(
     x: Tensor, w: Tensor, inverse_scale: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor, dtype: torch.dtype,
-    amax: Tensor | None,
+    fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     m, k = x.shape
     n = w.shape[0]
@@ -109,8 +107,7 @@ def _launch(
     out, out_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, n), (n, m)))
     if not out.numel():
         return out, out_t
-    promote = PROMOTE if a_t is not None else None
-    tiles: dict[str, Any] = dict(_tiles(x.device, promote is not None))
+    tiles: dict[str, Any] = dict(_tiles(x.device, fast))
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
 
     def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -119,22 +116,22 @@ def _launch(
     _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
         described(x, bm, bk), described(w, bn, bk), None if a_t is None else described(a_t, bn, bm),
         described(out, bm, bn // 2), described(out_t, bn // 2, bm), inverse_scale, a_scale, scale, as_bits(amax), m, n, k,
-        BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if promote is None else min(promote, bk), GROUP=GROUP,
+        BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if fast else bk, GROUP=GROUP,
         **tiles,
     )  # fmt: skip
     return out, out_t
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `nvfp8.reference_fp8.gemm_relu_squared`; M, N and K must be multiples of 16."""
-    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, amax)
+    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, fast, amax)
 
 
 def gemm_relu_squared_backward(
     dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
-    amax: Tensor | None,
+    fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared_backward`; M, N and K must be multiples of 16."""
-    return _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, amax)
+    return _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, fast, amax)

@@ -4,9 +4,8 @@ Forward reads x (and x0) and writes x̂ (and the mixed stream). Backward reads t
 row and x̂, and writes dx, x̂ for the weight gradient, and x0's running gradient: no tensor is kept for it but x and one
 number a row. dλ leaves as one partial sum a row, added up in a fixed order, so it is deterministic.
 
-A branch that is still to be added to x is added here, in fp32. The mix takes the sum off bf16's grid before it is rounded; without
-a mix it is rounded stochastically, since to nearest a branch below half of x's last bit would be lost, every time
-(docs/architecture.md).
+A branch that is still to be added to x is added here, in fp32, and the sum is rounded once: after a mix, which takes it off bf16's
+grid, or as it is (docs/architecture.md).
 
 `mix_backward` is for layers that do the norm themselves and keep the mixed stream: it starts from that, since Σg·x follows from
 Σg·s and Σg·x0 for s = λ₀·x + λ₁·x0.
@@ -17,28 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels import rounding
 from nvfp8.reference import NORM_EPS
-
-
-@triton.jit
-def store_dithered(POINTER, at, value, mask):
-    """Store fp32 as bf16, rounded stochastically by its place, or as fp32; return what was stored, in fp32."""
-    if POINTER.dtype.element_ty == tl.float32:
-        tl.store(POINTER + at, value, mask)
-        stored = value
-    else:
-        bits, _ = rounding.split(value, rounding.random_bits(at, tl.full([], 0, tl.int32)), 0)
-        tl.store(POINTER.to(tl.pointer_type(tl.int16)) + at, bits.to(tl.int16), mask)
-        stored = (bits << 16).to(tl.float32, bitcast=True)
-    return stored
-
-
-@triton.jit
-def _add(STREAM, BRANCH, SUM, SIZE, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < SIZE
-    store_dithered(SUM, at, tl.load(STREAM + at, mask, 0.0).to(tl.float32) + tl.load(BRANCH + at, mask, 0.0).to(tl.float32), mask)
 
 
 @triton.jit
@@ -55,11 +33,10 @@ def _norm_forward(
         x += tl.load(PENDING + at, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at, mask, 0.0).to(tl.float32)
+    if ADD or MIX:
         stored = x.to(STREAM.dtype.element_ty)
         tl.store(STREAM + at, stored, mask)
         x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
-    elif ADD:
-        x = store_dithered(STREAM, at, x, mask)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
     tl.store(RSTD + row, rstd)
     tl.store(NORMED + row * WIDTH + column, (x * rstd).to(NORMED.dtype.element_ty), column < WIDTH)
@@ -147,14 +124,6 @@ def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     _norm_forward[grid](x, None, None, None, None, normed, rstd, width, width, EPS=NORM_EPS, ADD=False, MIX=False, **options)
     return normed, rstd
-
-
-def add(stream: Tensor, branch: Tensor) -> Tensor:
-    """See `nvfp8.reference.add`."""
-    stream, branch = stream.contiguous(), branch.contiguous()
-    result, block = torch.empty_like(stream), 4096
-    _add[(triton.cdiv(stream.numel(), block),)](stream, branch, result, stream.numel(), BLOCK=block, num_warps=8)
-    return result
 
 
 def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

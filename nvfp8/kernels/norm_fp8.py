@@ -5,14 +5,10 @@ Forward takes a row a program, as in `norm.py`: everything between load and stor
 
 Backward also writes transposes, so a program needs many rows, and the sum over each row before it can write anything. 32 whole rows
 of two bf16 tensors at D = 1,536 are 192 KiB: neither registers nor, beside anything else, shared memory hold them. A program
-therefore walks its rows' columns twice, 256 channels at a time, first for the sums. One program of 16 warps runs on an SM, so 132
-SMs have 26 MiB of such rows in flight, which a 50 MiB L2 can keep for the second walk; what is written asks to be evicted first.
-Asynchronous copies bring the next 256 channels (16 KiB a tensor) while these are computed. Bytes an element:
-`norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize` 2·5 read,
-2 + 2 + 1 + 1 + 1 written; either up to 4 more where L2 did not keep the rows. 32,768 tokens are 1,024 programs, 7.8 rounds of 132.
-
-`SPLIT` is the other way: a pass by itself sums the rows, surely 4 bytes an element more, and then tiles of 64 × 64 are independent:
-12,288 short programs, 3 or 4 at a time on an SM, 64 bytes a row of the transpose. `benchmarks/kernels.py` times both.
+therefore walks its rows' columns twice, 256 channels at a time, first for the sums; the second time it finds them in L2, which is
+asked to keep them. What is written asks to be evicted first. 16 warps hide the loads' latency better than asynchronous copies do:
+those cost the second program on an SM. Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1
+written; `mix_norm_backward_quantize` 2·5 read, 2 + 2 + 1 + 1 + 1 written; either up to 4 more where L2 did not keep the rows.
 """
 
 import torch
@@ -20,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, roomy, to_fp8
-from nvfp8.kernels.norm import store_dithered
+from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
 from nvfp8.reference import NORM_EPS
 
-SPLIT = False  # whether backward sums the rows in a pass by itself
+TOKENS, TILE = 32, 256  # backward's tile: 32 tokens are whole 32-byte sectors of the transposes
 
 
 @triton.jit
@@ -41,11 +36,9 @@ def _norm_quantize(
         x += tl.load(PENDING + at + column, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at + column, mask, 0.0).to(tl.float32)
-        stored = x.to(STREAM.dtype.element_ty)
-        tl.store(STREAM + at + column, stored, mask)
-        x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
-    else:
-        x = store_dithered(STREAM, at + column, x, mask)
+    stored = x.to(STREAM.dtype.element_ty)
+    tl.store(STREAM + at + column, stored, mask)
+    x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
     tl.store(RSTD + row, rstd)
     normed = x * rstd
@@ -54,18 +47,6 @@ def _norm_quantize(
     if HEAD is not None:
         tl.store(HEAD + row * WIDTH + column, normed.to(HEAD.dtype.element_ty), column < WIDTH)
     tl.store(Q + at + column, to_fp8(normed * tl.load(SCALE), DTYPE), mask)
-
-
-@triton.jit
-def _sum_rows(D_NORMED, X, D_HEAD, MEANS, D, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    # Σ d_normed·x / D of a row; x̂ is x·rstd, which is left to who reads it.
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < D
-    gradient = tl.load(D_NORMED + row * D + column, mask, 0.0).to(tl.float32)
-    if D_HEAD is not None:
-        gradient += tl.load(D_HEAD + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
-    tl.store(MEANS + row, tl.sum(gradient * tl.load(X + row * D + column, mask, 0.0).to(tl.float32), 0) / D)
 
 
 @triton.jit
@@ -84,14 +65,12 @@ def _added(tile, TOKENS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _norm_backward_quantize(
-    D_NORMED, X, RSTD, D_STREAM, MEANS, D_HEAD, X0, LAMBDAS, D_X0_IN, NORMED_SCALE, SCALE,
+    D_NORMED, X, RSTD, D_STREAM, D_HEAD, X0, LAMBDAS, D_X0_IN, NORMED_SCALE, SCALE,
     DX, D_X0, D_LAMBDAS, NORMED_T, DX_Q, DX_T, AMAX, M, D, WIDTH: tl.constexpr,
-    NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
+    NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     MIX: tl.constexpr = X0 is not None
-    first_token = tl.program_id(1).to(tl.int64) * TOKENS
-    first = tl.program_id(0) * SPAN  # SPAN channels a program: all of them, or with MEANS one tile
+    first_token = tl.program_id(0).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, TILE)[None, :]
     left = (M - first_token).to(tl.int32)  # what follows counts from the first token, in 32 bits
@@ -102,17 +81,14 @@ def _norm_backward_quantize(
         D_HEAD += first_token * WIDTH
     rows = tl.arange(0, TOKENS)
     rstd = tl.load(RSTD + first_token + rows, rows < left, 0.0)[:, None]
-    if MEANS is not None:
-        mean = tl.load(MEANS + first_token + rows, rows < left, 0.0)[:, None] * rstd
-    else:
-        products = tl.zeros((TOKENS, TILE // 8), tl.float32)
-        for start in tl.range(0, D, TILE, num_stages=STAGES):
-            at = token * D + (start + channel)
-            mask = (token < left) & (start + channel < D)
-            gradient = _gradient(D_NORMED, D_HEAD, token, start + channel, at, mask, left, WIDTH, "evict_last")
-            x = tl.load(X + at, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
-            products += _added(gradient * x, TOKENS, TILE)
-        mean = (tl.sum(products, 1) / D)[:, None] * rstd
+    products = tl.zeros((TOKENS, TILE // 8), tl.float32)
+    for start in range(0, D, TILE):
+        at = token * D + (start + channel)
+        mask = (token < left) & (start + channel < D)
+        gradient = _gradient(D_NORMED, D_HEAD, token, start + channel, at, mask, left, WIDTH, "evict_last")
+        x = tl.load(X + at, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
+        products += _added(gradient * x, TOKENS, TILE)
+    mean = (tl.sum(products, 1) / D)[:, None] * rstd
     normed_scale = tl.load(NORMED_SCALE)
     scale = tl.load(SCALE)
     if MIX:
@@ -122,7 +98,7 @@ def _norm_backward_quantize(
         along_x0 = tl.zeros((TOKENS, TILE // 8), tl.float32)
     if AMAX is not None:
         largest = tl.zeros((TOKENS, TILE // 8), tl.int32)
-    for start in tl.range(first, first + SPAN, TILE, num_stages=STAGES):
+    for start in range(0, D, TILE):
         at = token * D + (start + channel)
         mask = (token < left) & (start + channel < D)
         gradient = _gradient(D_NORMED, D_HEAD, token, start + channel, at, mask, left, WIDTH, "evict_first")
@@ -152,7 +128,7 @@ def _norm_backward_quantize(
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(largest), 0))
     if MIX:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        program = tl.program_id(0)
         x0_sum = tl.sum(tl.ravel(along_x0), 0)
         tl.store(D_LAMBDAS + 2 * program, (tl.sum(tl.ravel(along_stream), 0) - x0_lambda * x0_sum) / resid_lambda)
         tl.store(D_LAMBDAS + 2 * program + 1, x0_sum)
@@ -194,15 +170,6 @@ def add_norm_quantize(
     return x, q, rstd
 
 
-def _tiles(d: int) -> tuple[int, int, int, int]:
-    """Tokens and channels of backward's tile, warps, and stages of its loads."""
-    if SPLIT:
-        return 64, 64, 8, 1
-    tokens, tile = (64, 128) if d <= 1024 else (32, 256)
-    # Two stages of five tensors are 112 KiB.
-    return (tokens, tile, 16, 2) if roomy() else (tokens, tile // 2, 8, 2)
-
-
 def _backward(
     d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, d_head: Tensor | None, x0: Tensor | None, lambdas: Tensor | None,
     d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
@@ -215,19 +182,12 @@ def _backward(
     normed_t = torch.empty(d, m, dtype=normed_dtype, device=x.device)
     dx_q, dx_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, d), (d, m)))
     width = 0 if d_head is None else d_head.shape[-1]
-    tokens, tile, warps, stages = _tiles(d)
-    means, span = None, triton.cdiv(d, tile) * tile
-    if SPLIT:
-        means, span = torch.empty(m, dtype=torch.float32, device=x.device), tile
-        block = triton.next_power_of_2(d)
-        _sum_rows[(m,)](d_normed, x, d_head, means, d, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
-    grid = triton.cdiv(d, span), triton.cdiv(m, tokens)
-    partial = None if x0 is None else torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
-    _norm_backward_quantize[grid](
-        d_normed, x, rstd, d_stream, means, d_head, x0, lambdas, d_x0, normed_scale, scale,
+    programs = triton.cdiv(m, TOKENS)
+    partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
+    _norm_backward_quantize[(programs,)](
+        d_normed, x, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, scale,
         dx, new_d_x0, partial, normed_t, dx_q, dx_t, as_bits(amax), m, d, width,
-        NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=tokens, TILE=tile, SPAN=span, STAGES=stages,
-        num_warps=warps,
+        NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=TOKENS, TILE=TILE, num_warps=16, num_stages=1,
     )  # fmt: skip
     return dx, new_d_x0, None if partial is None else partial.sum(0), normed_t, dx_q, dx_t
 

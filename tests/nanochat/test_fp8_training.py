@@ -75,7 +75,7 @@ def test_transformer_engine_leaves_nothing_in_bf16(monkeypatch: pytest.MonkeyPat
 def test_a_layer_that_is_not_there_is_refused() -> None:
     precision = choose_precision("fp8-emulated", "cpu", EngineOptions("delayed:bf16=h.3+h.4.mlp"))[0]
     with pytest.raises(
-        BadInput, match=r"bf16=h\.4\.mlp is no part of this model, whose GEMMs are h\.0\.attn\.c_proj, h\.0\.attn\.qkv"
+        BadInput, match=r"bf16=h\.4\.mlp is no part of this model, whose layers are h\.0\.attn\.c_proj, h\.0\.attn\.qkv"
     ):
         build_model(SHAPE, precision, torch.device("cpu"))
 
@@ -111,7 +111,7 @@ def test_names_are_those_of_bf16_and_casts_have_names() -> None:
         "the input of transformer.h.0.attn.qkv", "the weight of transformer.h.0.attn.qkv",
         "the gradient that reaches transformer.h.0.attn.qkv", "the input of transformer.h.0.mlp.c_fc",
     ]  # fmt: skip
-    assert model.precision.describe()["GEMMs left in bf16"] == "h.3, h.*.attn.c_proj, h.1.mlp.c_fc (8 of 16 GEMMs)"
+    assert model.precision.describe()["GEMMs left in bf16"] == "h.3, h.*.attn.c_proj, h.1.mlp.c_fc (24 of 48 GEMMs)"
 
 
 def test_initial_values_are_those_of_bf16_rounded() -> None:
@@ -172,7 +172,7 @@ class TestRuns:
         monkeypatch.setattr("nanochat.train.groups", slow_backout)
         train(replace(config, precision="bf16", recipe="auto", model_tag="plain"))
         plain = torch.tensor(losses("plain"))
-        for name in ("delayed", "current", "e4m3", "rowwise", "delayed:bf16=h.0+h.*.mlp.c_proj"):
+        for name in ("delayed", "current", "e4m3", "rowwise", "delayed:bf16=h.0+h.*.mlp.c_proj:wgrad"):
             tag = name.replace(":", "-").replace("*", "x")
             train(replace(config, recipe=name, model_tag=tag))
             ours = torch.tensor(losses(tag))
@@ -180,9 +180,10 @@ class TestRuns:
             gap = ((ours - plain).abs() / plain).max()
             print(f"{name}: largest gap to bf16 {gap:.2%}, last losses {ours[-1]:.4f} and {plain[-1]:.4f}")
             assert gap < 0.02, (name, gap)
-        assert "GEMMs left in bf16 h.0, h.*.mlp.c_proj (6 of 12 GEMMs)" in messages(tag)
+        kept = "h.0, h.*.mlp.c_proj:wgrad (14 of 36 GEMMs; 2 layers with some of theirs in FP8 are not fused)"
+        assert f"GEMMs left in bf16 {kept}" in messages(tag)
         state = json.loads((find(base_dir() / "base_checkpoints" / tag, None).path / "state.json").read_text())
-        assert state["layers"]["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (6 of 12 GEMMs)"
+        assert state["layers"]["GEMMs left in bf16"] == kept
 
     @pytest.mark.parametrize("name", ["delayed", "current"])
     def test_a_resumed_run_equals_the_uninterrupted_one(self, config: TrainConfig, name: str) -> None:

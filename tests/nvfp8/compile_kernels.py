@@ -64,7 +64,7 @@ def call_everything() -> None:
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
             kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
-            kernels.add(x, x), kernels.add_norm_forward(x, x)
+            kernels.add_norm_forward(x, x)
             kernels.mix_norm_backward(x, x, x, None, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x, x0, lambdas, rstd, x)
             kernels.mix_forward(x, None, x0, lambdas, 12)
@@ -113,7 +113,6 @@ def call_everything() -> None:
 
 def compile_fp8(kernels: Any) -> None:
     """Every kernel that writes FP8, in E4M3 and in E5M2, with and without an amax and what else may be left out."""
-    from nvfp8.kernels import norm_fp8
 
     one, lambdas, e4m3, e5m2 = torch.ones(()), torch.ones(2), torch.float8_e4m3fn, torch.float8_e5m2
     for width, dtype, amax in ((768, e4m3, torch.zeros(())), (1536, e5m2, torch.zeros(())), (1536, e5m2, None)):
@@ -129,11 +128,9 @@ def compile_fp8(kernels: Any) -> None:
         kernels.add_norm_quantize(x, x, one, dtype, amax)
         for pending, head in ((x, x[..., :12].contiguous()), (None, None)):
             kernels.mix_norm_quantize(x, pending, x, lambdas, 0 if head is None else 12, one, dtype, amax)
-        for split in (False, True):
-            norm_fp8.SPLIT = split
-            kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax)
-            for d_x0, head in ((x, x[..., :12].contiguous()), (None, None)):
-                kernels.mix_norm_backward_quantize(x, x, head, x, x, lambdas, rstd, d_x0, one, e4m3, one, dtype, amax)
+        kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax)
+        for d_x0, head in ((x, x[..., :12].contiguous()), (None, None)):
+            kernels.mix_norm_backward_quantize(x, x, head, x, x, lambdas, rstd, d_x0, one, e4m3, one, dtype, amax)
         heads, cos = width // 128, torch.zeros(64, 64, dtype=torch.bfloat16)
         q, ids, table = x.view(2, 64, heads, 128), torch.arange(128).view(2, 64), x.view(128, width)
         gate, of_heads = torch.zeros(2, 64, heads, dtype=torch.bfloat16), torch.ones(2, 64, 2 * heads)
@@ -141,9 +138,10 @@ def compile_fp8(kernels: Any) -> None:
             kernels.heads_backward_quantize(q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
-            kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, amax)
             a_t = torch.zeros(3072, 256, dtype=e4m3)
-            kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, amax)
+            for fast in (True, False):
+                kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax)
+                kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, fast, amax)
 
 
 def compile_adamw(kernels: Any) -> None:

@@ -58,28 +58,32 @@ def with_gradients(tensors: list[AdamWTensor], step: int) -> list[AdamWTensor]:
     ]
 
 
-def off(ours: Tensor, twins: Tensor) -> tuple[float, int]:
-    """Which part of two stored tensors differs, and by how many codes at most."""
+def off(ours: Tensor, twins: Tensor, near: Tensor | None = None) -> tuple[float, int]:
+    """Which part of two stored tensors differs, and by how many codes at most where it is by more than `near`."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
     codes = [t.contiguous().view(size).long() if t.is_floating_point() else t.long() for t in (ours, twins)]
     ordered = [torch.where(code < 0, -(code & torch.iinfo(size).max), code) if ours.is_floating_point() else code for code in codes]
     distance = (ordered[0] - ordered[1]).abs()
-    return float((distance > 0).double().mean()), int(distance.max())
+    far = distance if near is None else distance * ((ours.float() - twins.float()).abs() > near)
+    return float((distance > 0).double().mean()), int(far.max())
 
 
 @pytest.mark.parametrize(("first", "second", "kept"), FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_stored_is_the_twins(first: str, second: str, kept: str, dtype: torch.dtype) -> None:
     ours, twins = made(first, second, kept, dtype), made(first, second, kept, dtype)
+    sizes = [torch.zeros_like(t.parameter, dtype=torch.float32) for t in twins]  # of what has gone into the first moments
     for step in (1, 2):
         ours, twins = with_gradients(ours, step), with_gradients(twins, step)
         kernels.adamw_(ours)
         reference.adamw_(twins)
-    for one, other in zip(ours, twins, strict=True):
-        g = other.gradient.float().abs()
+        sizes = [size.maximum(t.gradient.float().abs()) for size, t in zip(sizes, twins, strict=True)]
+    for one, other, g in zip(ours, twins, sizes, strict=True):
         for stored, expected, size in ((one.exp_avg, other.exp_avg, g), (one.exp_avg_sq, other.exp_avg_sq, g * g)):
             if stored.data.dtype != torch.float32:
-                part, codes = off(stored.data, expected.data)
+                # m + (1 - β)(g - m) may cancel: what a GPU rounds once less is then many codes of what is left
+                left = 2**-23 * size
+                part, codes = off(stored.data, expected.data, left if stored.scale is None else None)
                 assert part <= 2e-3 + 1 / stored.data.numel() * (part > 0) and codes <= 1
                 if stored.scale is not None and expected.scale is not None:
                     torch.testing.assert_close(stored.scale, expected.scale, rtol=2**-20, atol=0)

@@ -52,8 +52,12 @@ def test_every_gradient(name: str, emulated: bool, loss: Any) -> None:
 def test_scales_are_of_their_rows_and_blocks(operand: Operand, shape: tuple[int, int], stride: tuple[int, int]) -> None:
     x = torch.randn(256, 384, device=DEVICE) * torch.logspace(-6, 3, 256, device=DEVICE)[:, None]
     x[5] = 0
-    made = cast(x, operand)
-    assert made.inverse.shape == shape and made.inverse.stride() == stride and made.inverse.dtype == torch.float32
+    made, transposed = cast(x, operand), cast(x.t().contiguous().t(), operand)
+    for each in (made, transposed):
+        assert each.inverse.shape == shape and each.inverse.stride() == stride and each.inverse.dtype == torch.float32
+        assert each.data.is_contiguous()
+    assert torch.equal(made.data.view(torch.uint8), transposed.data.view(torch.uint8))
+    assert torch.equal(made.inverse, transposed.inverse)
     rows, columns = 256 // shape[0], 384 // shape[1]
     expected = x.view(shape[0], rows, shape[1], columns).abs().amax((1, 3)) / {"e4m3": 448, "e5m2": 57344}[operand.format]
     torch.testing.assert_close(made.inverse, torch.where(expected > 0, expected, 1.0), rtol=1e-6, atol=0)
@@ -86,10 +90,12 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
         assert bool(product(cast(x, operand), cast(x, operand), torch.float32, False, True)[2].isnan().any())
 
 
-def test_e5m2_times_e5m2_is_refused() -> None:
-    x = cast(torch.randn(16, 16, device=DEVICE), Operand("e5m2", "row"))
+def test_what_tensor_cores_do_not_multiply_is_refused() -> None:
+    x, w = (cast(torch.randn(16, 16, device=DEVICE), Operand(name, "row")) for name in ("e5m2", "e4m3"))
     with pytest.raises(ValueError, match="e5m2 times e5m2"):
         product(x, x, torch.bfloat16, False, False)
+    with pytest.raises(ValueError, match="contiguous along the summed axis"):
+        product(x, w._replace(data=w.data.t()), torch.bfloat16, False, False)
 
 
 def test_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

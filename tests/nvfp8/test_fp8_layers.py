@@ -228,19 +228,6 @@ def test_mlp(name: str, pending: bool, left_in_bf16: str) -> None:
         torch.testing.assert_close(layer(x), apart.stream + apart.branch)
 
 
-def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
-    """As in bf16 layers: attention's branch joins the stream stochastically rounded (docs/architecture.md)."""
-    precision = fp8(RECIPES["delayed"], emulated=True)
-    layer = filled(precision.mlp(256, 1024))
-    precision.scaling(layer)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    stream = (1 + torch.rand(1024, 256, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
-    branch = torch.full_like(stream, 2.0**-7 / 10)
-    with precision.autocast(1.0), torch.no_grad():
-        moved = (layer(Pending(stream, branch), settle=False).stream.float() - stream.float()).mean()
-    assert abs(float(moved) / (2.0**-7 / 10) - 1) < 0.1
-
-
 # ------------------------------------------------------------------------------------- what travels between layers in FP8
 
 
@@ -392,7 +379,7 @@ def test_micro_batches_that_do_not_divide_are_refused() -> None:
 def test_a_recipe_that_excepts_what_is_not_there_is_refused() -> None:
     precision = fp8(parse_recipe("delayed:bf16=mlp.c_fc+attn.c_q"))
     layer = precision.at("mlp").mlp(32, 128)
-    with pytest.raises(ValueError, match=r"bf16=attn.c_q is no part of this model, whose GEMMs are mlp.c_fc, mlp.c_proj"):
+    with pytest.raises(ValueError, match=r"bf16=attn.c_q is no part of this model, whose layers are mlp.c_fc, mlp.c_proj"):
         precision.scaling(layer)
 
 
@@ -403,5 +390,5 @@ def test_what_runs_where_is_told() -> None:
         part.at("mlp").mlp(32, 128)
         part.at("c_proj").linear(32, 32)
     told = precision.describe()
-    assert told["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (5 of 9 GEMMs)" and told["FP8"] == "emulated in fp32"
+    assert told["GEMMs left in bf16"] == "h.0, h.*.mlp.c_proj (15 of 27 GEMMs)" and told["FP8"] == "emulated in fp32"
     assert told["recipe"].startswith("delayed: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2")

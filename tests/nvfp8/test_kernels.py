@@ -65,7 +65,6 @@ def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> 
 def test_add_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     stream, branch = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
     kernel, twin = kernels.add_norm_forward(stream, branch), reference.add_norm_forward(stream, branch)
-    assert torch.equal(kernels.add(stream, branch), twin[0])
     assert torch.equal(kernel[0], twin[0])
     compare(kernel[1:], twin[1:], reference.norm_forward(twin[0].double()))
 
@@ -228,7 +227,8 @@ def test_muon_nesterov(shape: tuple[int, int, int], stored: torch.dtype, dtype: 
         (reference.muon_nesterov_, torch.float64, torch.float64),
     ):
         buffer, x = before.to(of_momentum, copy=True), torch.empty(shape, dtype=of_x, device=DEVICE)
-        function(gradients.to(of_x).unbind(), buffer[1:-1], None, x, 0.1, 0.9)
+        # bf16 is rounded stochastically, by the same bits here and there; fp64 is not rounded
+        function(gradients.to(of_x).unbind(), buffer[1:-1], None, x, 0.1, 0.9, range(n))
         assert torch.equal(buffer[[0, -1]], before[[0, -1]].to(of_momentum)), "what another chunk owns is left alone"
         results.append((buffer[1:-1], x))
     compare(*results)

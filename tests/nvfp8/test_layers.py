@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp8.attention import project_heads
-from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled
+from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -182,8 +182,8 @@ def test_project_heads(values: bool, dtype: torch.dtype) -> None:
     check([*outputs, *ours], [*exact_outputs, *exact], dtype)
 
 
-def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
-    """Branches begin at zero and grow: rounded to nearest, a sum with a tenth of the stream's last bit is the stream."""
+def test_an_mlps_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
+    """Branches begin at zero and grow: added by itself, a tenth of the stream's last bit leaves the stream as it is."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     stream = (1 + torch.rand(1024, 1024, device=DEVICE, generator=generator)).bfloat16()  # in [1, 2]: the last bit is 2^-7
     x0 = torch.randn(1024, 1024, device=DEVICE, generator=generator).bfloat16()
@@ -194,9 +194,10 @@ def test_a_branch_below_the_last_bit_of_a_bf16_stream_is_not_lost() -> None:
     def mean(x: Tensor) -> float:
         return float(x.float().mean(dtype=torch.float64))
 
-    added = settled(Pending(stream, branch))
-    assert abs((mean(added) - mean(stream)) / size - 1) < 0.1
-    assert torch.equal(added, settled(Pending(stream, branch)))
-    lambdas = torch.tensor([1.1, 0.1], device=DEVICE)
+    # The mix rounds to nearest, so what it rounds must lie anywhere between two bf16 numbers. With λ = (1.1, 0.1) a third of it
+    # are multiples of a tenth of a step, ties among them: 0.11 of a step then carries 9 % too many over, or 15 % where a fused
+    # multiply-add leaves ties just below.
+    lambdas = torch.tensor([1.0717, 0.1093], device=DEVICE)
     with_branch, without = (mean(mix(x, x0, lambdas)[0]) for x in (Pending(stream, branch), stream))
-    assert abs((with_branch - without) / (1.1 * size) - 1) < 0.1
+    # A tenth of 2^20 elements takes a step, so their number is uncertain by 0.3 %, 1 / √(2^20 / 10).
+    assert abs((with_branch - without) / (1.0717 * size) - 1) < 0.02

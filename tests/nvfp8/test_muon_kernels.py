@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvfp8 import reference
 from nvfp8.optim import Muon
-from nvfp8.state import MASTERS, STATE_DTYPES, codec, master, read_weight
+from nvfp8.state import MASTERS, STATE_DTYPES, Codec, Stored, codec, master, read_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -24,6 +24,12 @@ STACKS = [(4, 1, 12), (3, 5, 7), (2, 67, 93), (2, 40, 272)]
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def stack_decoded(stored_as: Codec, stored: Stored) -> Tensor:
+    """The momentum of a stack, in fp32."""
+    scales = [None] * len(stored.data) if stored.scale is None else stored.scale
+    return torch.stack([stored_as.decode(Stored(*each)) for each in zip(stored.data, scales, strict=True)])
 
 
 def assert_same(ours: Tensor, twins: Tensor) -> None:
@@ -40,25 +46,40 @@ def assert_same(ours: Tensor, twins: Tensor) -> None:
 @pytest.mark.parametrize("shape", STACKS)
 @pytest.mark.parametrize("name", ["bf16", "e4m3", "e5m2"])
 def test_a_short_momentum_is_stored_as_the_twin_stores_it(shape: tuple[int, int, int], name: str) -> None:
-    n, keys = shape[0], list(range(7, 7 + shape[0]))
-    results = []
-    for function in (kernels.muon_nesterov_, reference.muon_nesterov_):
-        data, scale = codec(name).allocate((n + 2, *shape[1:]), DEVICE, stacked=True)
-        data.view(torch.uint8)[[0, -1]] = 5
+    n, stored_as = shape[0], codec(name)
+    data, scale = stored_as.allocate((n + 2, *shape[1:]), DEVICE, stacked=True)
+    data.view(torch.uint8)[[0, -1]] = 5
+    if scale is not None:
+        scale[[0, -1]] = 3.0
+    for step in range(3):  # from zeros, then decoding what was stored; both from the same, so that no step sees another's border
+        gradients = random(*shape, seed=step) * torch.logspace(-3, 3, shape[2], device=DEVICE)
+        keys, results = [7 + i + 100 * step for i in range(n)], []
+        start = stack_decoded(stored_as, Stored(data, scale))[1:-1]
+        for function in (reference.muon_nesterov_, kernels.muon_nesterov_):
+            stored = Stored(data.clone(), None if scale is None else scale.clone())
+            inside, x = Stored(*(s if s is None else s[1:-1] for s in stored)), torch.full(shape, torch.nan, device=DEVICE)
+            function(gradients.unbind(), *inside, x, 0.1, 0.9, keys)
+            assert (stored.data.view(torch.uint8)[[0, -1]] == 5).all(), "another chunk's is left alone"
+            assert stored.scale is None or (stored.scale[[0, -1]] == 3).all()
+            results.append((stack_decoded(stored_as, inside), x))
+        data, scale = stored
+        (twins, x_twin), (ours, x) = results
+        assert (scale is None or (scale > 0).all()) and (ours != 0).float().mean() > 0.5
+        if DEVICE == "cpu":
+            assert torch.equal(ours, twins) and torch.equal(x, x_twin)
+            continue
+        # Each of the up to eight roundings on the way to x is of a number of at most 2 (|g| + |m|); where they cancel, much of
+        # that is left. A GPU's fused multiply-adds leave some of them out.
+        lost = 2.0**-20 * (gradients.abs() + start.abs())
+        assert ((x - x_twin).abs() <= lost).all()
+        # So may a momentum lie, and few do on the other side of a border: one code away.
+        code = {"bf16": 2.0**-7, "e4m3": 2.0**-3, "e5m2": 2.0**-2}[name] * twins.abs()
         if scale is not None:
-            scale[[0, -1]] = 3.0
-        inside = None if scale is None else scale[1:-1]
-        for step in range(3):  # from zeros, then decoding what was stored
-            x = torch.full(shape, torch.nan, device=DEVICE)
-            gradients = random(*shape, seed=step) * torch.logspace(-3, 3, shape[2], device=DEVICE)
-            function(gradients.unbind(), data[1:-1], inside, x, 0.1, 0.9, [key + 100 * step for key in keys])
-        assert (data.view(torch.uint8)[[0, -1]] == 5).all(), "another chunk's is left alone"
-        assert scale is None or (scale[[0, -1]] == 3).all()
-        results.append((data[1:-1], torch.ones(1) if inside is None else inside, x))
-    assert_same(results[0][0], results[1][0])
-    assert (results[0][1] > 0).all()
-    for ours, twins in zip(results[0][1:], results[1][1:], strict=True):
-        torch.testing.assert_close(ours, twins, rtol=0 if DEVICE == "cpu" else 1e-6, atol=0 if DEVICE == "cpu" else 1e-6)
+            code = code.maximum(torch.stack([stored_as.smallest(Stored(*s)) for s in zip(data, scale, strict=True)])[1:-1])
+        # A block's scale may be another in its last places, and with it every number of the block.
+        lost = lost + 2.0**-20 * twins.abs()
+        apart = (ours - twins).abs()
+        assert (apart <= code + lost).all() and (apart > lost).sum() <= 1 + apart.numel() // 1000
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
@@ -305,8 +326,7 @@ def test_every_pair_of_formats_follows_the_rule(name: str, kept: str) -> None:
         exact = exact - lr * ((1 - mu) * gradients.double() + mu * m)
     # A code's step is at most 2^-mantissa of a value, rounded stochastically; errors of m add up to √(1/(1−μ²)) = 2.3 times one.
     one = {"fp32": 2**-24, "bf16": 2**-8, "e4m3": 2**-4, "e5m2": 2**-3}[name]
-    decoded = torch.stack([codec(name).decode(type(stored)(*(s if s is None else s[i] for s in stored))) for i in range(2)])
-    assert (decoded - m).norm() <= 2.3 * one * m.norm()
+    assert (stack_decoded(codec(name), stored) - m).norm() <= 2.3 * one * m.norm()
     wholes = torch.stack([read_weight(w, None if buffer is None else buffer[i]) for i, w in enumerate(weights)])
     each = {"whole": 2**-23, "fp32": 2**-23, "bf16": 2**-8, "bf16+8": 2**-16, "bf16+16": 2**-23}[kept]
     moved = (exact - random(*shape, seed=1).double()).norm()

@@ -98,6 +98,18 @@ def test_a_flag_names_a_recipe_and_changes_it() -> None:
     assert changed == recipe("delayed", margin=1, amax_history_len=32, amax_compute_algo="most_recent")
 
 
+def test_layers_and_single_gemms_of_them_are_left_in_bf16_by_name() -> None:
+    it = parse_recipe("delayed:margin=1,bf16=h.0+h.*.attn.qkv:dgrad+h.1:wgrad+*.*.mlp.c_fc:fprop")
+    assert it.margin == 1
+    expected = {
+        "h.0.attn.qkv": {"fprop", "dgrad", "wgrad"}, "h.1.attn.qkv": {"dgrad", "wgrad"}, "h.10.attn.qkv": {"dgrad"},
+        "h.1.mlp.c_fc": {"fprop", "wgrad"}, "h.1.mlp.c_proj": {"wgrad"}, "h.2.mlp.c_fc": {"fprop"}, "h.2.mlp.c_proj": set(),
+    }  # fmt: skip
+    assert {name: it.gemms_in_bf16(name) for name in expected} == expected
+    whole, parts = parse_recipe("delayed:bf16=*"), parse_recipe("delayed:bf16=*:fprop+*:dgrad+*:wgrad")
+    assert whole.gemms_in_bf16("h.3.mlp.c_fc") == parts.gemms_in_bf16("h.3.mlp.c_fc") == {"fprop", "dgrad", "wgrad"}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -109,6 +121,8 @@ def test_a_flag_names_a_recipe_and_changes_it() -> None:
         ("delayed:margin=-1", "below 0 every scale would overflow"),
         ("current:margin=1", "'current' has no history"),
         ("mxfp8:amax_history_len=99", "'mxfp8' has no history"),
+        ("delayed:bf16=h.0:wgrat", "bf16=h.0:wgrat: 'wgrat' is no GEMM of a layer: choose fprop, dgrad, wgrad, or none for all"),
+        ("delayed:bf16=h.0:", "bf16=h.0:: '' is no GEMM of a layer"),
     ],
 )
 def test_flags_that_name_no_recipe_are_refused(text: str, line: str) -> None:
