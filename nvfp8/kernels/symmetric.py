@@ -127,24 +127,19 @@ def symmetric_product_(
     block, bk, part, per_sm = options["BLOCK"], options["BK"], options["PART"], options.pop("PER_SM")
     blocks = triton.cdiv(size, block)
     programs = min(n * blocks * (blocks + 1) // 2, per_sm * _multiprocessors(out.device))
+    described = TensorDescriptor.from_tensor  # costs the host as much as the rest of a launch: no more of them than it takes
     left, a_columns = _operand(a, block, bk)
-    right, b_columns = (left, a_columns) if b is a else _operand(b, block, bk)  # the host pays for each description
+    right, b_columns = (left, a_columns) if b is a else _operand(b, block, bk)
     with torch.cuda.device_of(out):  # Triton launches on the current one
         _symmetric_product[(programs,)](
-            left, right, None if c is None else _described(c, block, block), _described(out, block, part), _described(out, part, block),
-            n, size, depth, float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
+            left, right, None if c is None else described(c, [1, block, block]),
+            described(out, [1, block, part]), described(out, [1, part, block]), n, size, depth,
+            float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
         )  # fmt: skip
 
 
 def _operand(x: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor, bool]:
     """Describe x as it lies, and say whether that is by columns."""
-    by_columns = x.stride(-1) != 1
-    return _described(x.mT, columns, rows) if by_columns else _described(x, rows, columns), by_columns
-
-
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    size = x.element_size()
-    assert x.stride(-1) == 1 and x.stride(-2) * size % 16 == x.stride(0) * size % 16 == x.data_ptr() % 16 == 0, (
-        f"TMA moves rows of whole 16 bytes: not of {tuple(x.shape)} with strides {x.stride()}"
-    )
-    return TensorDescriptor.from_tensor(x, [1, rows, columns])
+    if x.stride(-1) == 1:
+        return TensorDescriptor.from_tensor(x, [1, rows, columns]), False
+    return TensorDescriptor.from_tensor(x.mT, [1, columns, rows]), True
