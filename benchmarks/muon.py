@@ -5,8 +5,8 @@
 One table. A batch is as large as Muon's default workspace lets it be, and its time is scaled to all matrices of that shape. Every
 way gets the same matrix of each of two spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
 a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. `host ms` is until the call returns: where it comes close to ms, the GPU waits for
-Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked with a star; it is to be the one with the fewest ms
-of those whose worst is no more than full's.
+Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked with a star; it is to be the one with the fewest
+ms of those whose worst is no more than full's.
 """
 
 import argparse

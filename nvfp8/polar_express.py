@@ -12,13 +12,14 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | gram | G² 1, PG 1, PGP 1, PQ 1; twice XXᵀ k and QX 2k | 6k + 14 | 20 | 38 | 13.6 |
 
 **full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
-error falls 2.5 to 5 times. **half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`). aX is
-folded into P = aI + bA + cA², which the kernel gives for nothing, so X ← PX is a product and no sum: at 1536 × 1536 cuBLAS takes 1.44
-times as long where it adds (0.348 against 0.242 ms for 24; H100, torch 2.11). In bf16 P would round a to 2⁻⁸ of itself; in fp16,
-which "half" and "gram" compute in, to 2⁻¹¹.
+error falls 2.5 to 5 times.
 
-**gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute, so
-every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
+**half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`). aX is folded into
+P = aI + bA + cA², which costs the kernel nothing, so X ← PX is a product and no sum: cuBLAS took 1.44 times as long where it added
+(24 of 1536 × 1536: 0.348 against 0.242 ms; H100, torch 2.11). In fp16: as fast as bf16, and it rounds to an eighth.
+
+**gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
+so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
 largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out negative, P grows it
 like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and one restart: Q is applied to X after three steps and G made anew. Later is
 too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the largest singular value in fp64; then of each way
@@ -36,10 +37,21 @@ too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the 
 | 1/i | 1.141 | 0.001, 2.2 % | 0.043, 1.7 % | 0.006, 2.7 % |
 | all equal | 0.922 | 0.030, 2.2 % | 0.003, 0.3 % | 0.006, 0.6 % |
 
-(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.) The same
-of a MM × MM matrix:
+(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.) But where
+singular values fall by a power law, gram may fail, and by chance: of i^−1.5 at 384 × 1536, two seeds, the worst was off by 3.26 and
+0.012 (full 0.004, half 0.002); of 1/i at 384 × 768 by 6.96. So Muon does not take it. Half, of a
+1536 × 1536 matrix:
 
-TABLE
+| spectrum before | largest, fp64 | full, bf16 | half, fp16 | half, fp16, aX added in fp32 |
+| --- | --- | --- | --- | --- |
+| Gaussian | 1.141 | 0.0023, 0.9 % | 0.0009, 0.1 % | 0.0004, 0.1 % |
+| decay to 10⁻³ | 1.141 | 0.0057, 2.6 % | 0.0010, 0.3 % | 0.0005, 0.3 % |
+| decay to 10⁻⁴ | 1.141 | 0.0079, 3.8 % | 0.0009, 0.5 % | 0.0005, 0.5 % |
+| decay to 10⁻⁶ | 1.141 | 0.0210, 5.4 % | 0.0012, 0.7 % | 0.0007, 0.7 % |
+| 48 equal, noise 10⁻² | 1.141 | 0.0024, 3.0 % | 0.0005, 0.4 % | 0.0003, 0.4 % |
+| 48 equal, noise 10⁻³ | 1.105 | 0.0111, 16 % | 0.0005, 2.1 % | 0.0005, 2.1 % |
+| 1/i | 1.141 | 0.0026, 1.8 % | 0.0006, 0.2 % | 0.0002, 0.2 % |
+| all equal | 0.924 | 0.0354, 2.1 % | 0.0035, 0.3 % | 0.0017, 0.2 % |
 """
 
 from collections.abc import Callable
@@ -60,18 +72,18 @@ POLAR_EXPRESS = (
 )
 RESTART = 3  # steps of the Gram form before X follows
 # What X is multiplied by in fp16 until it is first multiplied. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the
-# diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024, is
-# far below 65504. The first P multiplies small singular values by 8 and G's elements by 64, so nothing is lifted after it.
+# diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024,
+# is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
 LIFT = 32.0
 SMALLEST = 768  # short side from which another way than "full" is taken: below it no symmetric product was measured
 
 
 def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Capability | None) -> str:
-    """The way that Muon goes for a shape.
+    """The way that Muon goes for a shape: the fastest of those that err no more than "full".
 
-    From the times of single products (`nvfp8/kernels/symmetric.py`; `torch.bmm` 0.0101 ms a matrix), five steps of a 1536 × 1536k
-    matrix on an H100 are 0.086k + 0.038 ms by "half" and 0.035k + 0.108 by "gram", equal at k = 1.33; whole "full" steps were measured
-    at 0.189 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on.
+    From the times of single products (`nvfp8/kernels/symmetric.py`; PX by `torch.bmm`, 0.0101k ms) the five steps of a 1536 × 1536k
+    matrix should take an H100 0.086k + 0.038 ms by "half"; by "full" they took 0.19 (k = 1) and 0.53 (k = 4). "gram" would be faster
+    from k = 1.33 on (0.035k + 0.108), were it accurate on every spectrum (above).
 
     Args:
         rows: of the matrix.
@@ -80,14 +92,11 @@ def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Ca
         capability: CUDA compute capability of the GPU; None on a CPU. The kernel is measured with wgmma alone.
 
     Returns:
-        "gram" or "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
+        "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
     """
-    short, long = sorted((rows, columns))
     if dtype != torch.bfloat16 or capability is None or missing("wgmma", capability) is not None:
         return "full"
-    if short < SMALLEST or short % 8 or long % 8:
-        return "full"
-    return "gram" if long >= 2 * short else "half"
+    return "half" if min(rows, columns) >= SMALLEST and rows % 8 == columns % 8 == 0 else "full"
 
 
 def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:

@@ -1,8 +1,8 @@
 """Products that are known to be symmetric, at half the price: a block above the diagonal is computed once and written twice.
 
-XXᵀ, and any product of symmetric matrices that commute (powers and polynomials of one matrix), have nothing below the diagonal that
-is not above it. Of T × T tiles of 128 × 128, T(T + 1)/2 are computed: 78 of 144 at 1536 rows. βC + δI is added in fp32 before the one
-rounding, so bA + cA² and aI + bG + cG² are one launch.
+XXᵀ, and any product of symmetric matrices that commute (powers and polynomials of one matrix), have nothing below the diagonal
+that is not above it. Of T × T tiles of 128 × 128, T(T + 1)/2 are computed: 78 of 144 at 1536 rows. βC + δI is added in fp32 before
+the one rounding, so bA + cA² and aI + bG + cG² are one launch.
 
 Persistent: a program walks over tiles, a matrix's first to last, so what runs together reads the same few matrices (a 1536 × 6144
 one has 18.9 MB; the L2 cache has 50). Two programs share a multiprocessor, so that one multiplies while the other writes its tile.
@@ -12,8 +12,8 @@ whole lines, in parts of PART columns, since both wait in shared memory beside t
 A tile on the diagonal takes its lower half from its upper, so the result is exactly symmetric even where a·bᵀ is so only up to
 rounding. bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 
-Time on an H100 (torch 2.11, Triton 3.6, bf16), as a share of cuBLAS's for the full product, `torch.bmm`, and `torch.baddbmm` where C
-is added; half of the multiplications would be 0.5, the tiles computed 0.54 at 1536 rows and 0.58 at 768:
+Time on an H100 (torch 2.11, Triton 3.6, bf16) as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm`
+where C is added; the tiles that are computed are 0.54 of all at 1536 rows and 0.58 at 768:
 
 | | A² | bA + cA² | XXᵀ | XᵀX, X tall |
 | --- | --- | --- | --- | --- |
@@ -21,8 +21,8 @@ is added; half of the multiplications would be 0.5, the tiles computed 0.54 at 1
 | 48 of 768 × 768; 12 of 768 × 3072 | | 0.48 | 0.53 | 0.66 |
 
 (ms, in the order of the table: 0.185, 0.184, 0.230, 0.226; 0.063, 0.044, 0.046.) Tiles of 128 × 256, one program a multiprocessor,
-took 0.75, 0.59, 0.65, 0.67; 0.61, 0.91, 1.07. One loop over tiles and steps along k, so that the next tile's loads run while this one
-is written, took 0.95, 0.69, 0.86, 1.12; 0.72, 1.25, 1.95.
+took 0.75, 0.59, 0.65, 0.67; 0.61, 0.91, 1.07. With one loop over tiles and steps along k, so that the next tile's loads run while
+this one is written, they took 0.95, 0.69, 0.86, 1.12; 0.72, 1.25, 1.95.
 """
 
 from functools import cache

@@ -280,7 +280,7 @@ def test_rows_that_16_bytes_do_not_divide_are_refused() -> None:
         (random(2, 8, 13, seed=1), out), (random(2, 13, 6, seed=1).mT[:, :, :8].mT, out),
         (random(2, 9, 12, seed=1), torch.empty(2, 9, 9, device=DEVICE)), (x, memory[1:].view(2, 8, 8)),
     ):  # fmt: skip
-        with pytest.raises(AssertionError, match="16-byte aligned|contiguous"):
+        with pytest.raises(AssertionError, match=r"16-byte aligned|contiguous"):
             kernels.symmetric_product_(operand, operand, result)
 
 
