@@ -4,13 +4,15 @@
 
 One table. A batch is as large as Muon's default workspace lets it be, and its time is scaled to all matrices of that shape. Every
 way gets the same matrix of each of two spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
-a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. A way is to be taken where its ms are fewer and its worst is no more than full's;
-`fastest_products` in `nvfp8/polar_express.py` is the place.
+a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. `host ms` is until the call returns: where it comes close to ms, the GPU waits for
+Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked with a star; it is to be the one with the fewest
+ms of those whose worst is no more than full's.
 """
 
 import argparse
 import math
 import statistics
+import time
 from collections import Counter
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
-from nvfp8.polar_express import polar_express, room
+from nvfp8.polar_express import fastest_products, polar_express, room
 from nvfp8.precision import bf16
 
 WAYS = ("full", "half", "gram")
@@ -55,18 +57,21 @@ def flops(rows: int, columns: int, products: str) -> float:
     return short**3 * {"full": 20 * k + 10, "half": 15 * k + 5, "gram": 6 * k + 14}[products]
 
 
-def milliseconds(x: Tensor, products: str, repeats: int) -> float:
-    """Median of one call on a copy of x; the copy is not timed."""
-    times = []
+def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
+    """Medians of one call on a copy of x, which is not timed: on the GPU, and until it returns."""
+    times, host = [], []
     for _ in range(WARM + repeats):
         given = x.clone()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
         start.record()
+        begun = time.perf_counter()
         polar_express(given, products)
+        host.append(1e3 * (time.perf_counter() - begun))
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times[WARM:])
+    return statistics.median(times[WARM:]), statistics.median(host[WARM:])
 
 
 def spectra(rows: int, columns: int) -> Tensor:
@@ -91,20 +96,24 @@ def main() -> None:
     """Parse flags, run, print."""
     args = arguments()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print("| depth | shape | products | ms, all | TFLOP/s | MiB a matrix | worst, error: Gaussian | decay to 1e-4 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| depth | shape | products | ms, all | host ms, all | TFLOP/s | MiB a matrix | worst, error: Gaussian | decay to 1e-4 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for depth in args.depth:
         for (rows, columns), count in sorted(shapes(depth).items(), reverse=True):
             given = spectra(rows, columns)
             exact = polar_express(given.double(), "full")
             values = torch.linalg.svdvals(exact)
-            for products in WAYS:
+            chosen = fastest_products(rows, columns, torch.bfloat16, torch.cuda.get_device_capability())
+            for products in WAYS if rows % 8 == columns % 8 == 0 else ("full",):  # symmetric products take rows of whole 16 bytes
                 matrix = room(rows, columns, torch.bfloat16, products)
                 batch = math.ceil(count / math.ceil(count / max(1, WORKSPACE // matrix)))
-                ms = milliseconds(given[:1].expand(batch, -1, -1), products, args.repeats) * count / batch
+                one, host = milliseconds(given[:1].expand(batch, -1, -1), products, args.repeats)
+                ms, host = one * count / batch, host * count / batch
                 rate = count * flops(rows, columns, products) / ms / 1e9
+                star = "*" if products == chosen else ""
                 print(
-                    f"| {depth} | {count} x {rows} x {columns} | {products} | {ms:.3f} | {rate:.1f} | {matrix / 2**20:.1f} "
+                    f"| {depth} | {count} x {rows} x {columns} | {products}{star} | {ms:.3f} | {host:.3f} | {rate:.1f} "
+                    f"| {matrix / 2**20:.1f} "
                     f"| {accuracy(given, exact, values, products)} |",
                     flush=True,
                 )

@@ -62,7 +62,7 @@ class Setup:
         deterministic: `--deterministic`.
         update_early: `--update-early`.
         ranks: processes, among which optimizer state is divided.
-        capability: of the GPU, for the size of workspaces.
+        capability: of the GPU, for the size of workspaces and the way of Muon's products.
     """
 
     shape: GPTConfig
@@ -199,7 +199,7 @@ class Counted:
         shapes = Counter(p.shape for group in self.muon.param_groups for p in group["params"])
         found = []
         for (rows, columns), count in shapes.items():
-            one = room(rows, columns, dtype, fastest_products(rows, columns, dtype))
+            one = room(rows, columns, dtype, fastest_products(rows, columns, dtype, self.setup.capability))
             size = math.ceil(count / math.ceil(count / max(1, self.muon.workspace // one)))
             found.append((size * rows * columns, size * one))
         return found

@@ -12,15 +12,19 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | gram | G² 1, PG 1, PGP 1, PQ 1; twice XXᵀ k and QX 2k | 6k + 14 | 20 | 38 | 13.6 |
 
 **full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
-error falls 2.5 to 5 times. **half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`).
+error falls 2.5 to 5 times.
 
-**gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P = aI + bG + cG² takes X to PX and G to PGP; P
-and G commute, so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded
-relative to its largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out
-negative, P grows it like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and one restart: Q is applied to X after three steps and G
-made anew. Later is too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the largest singular value in fp64;
-then of each way (products summed in fp32 and rounded once, computed on a CPU) the largest deviation of a singular value from
-fp64's, and ‖X − X₆₄‖ / ‖X₆₄‖:
+**half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`). aX is folded into
+P = aI + bA + cA², which costs the kernel nothing, so X ← PX is a product and no sum: cuBLAS took 1.44 times as long where it added
+(24 of 1536 × 1536: 0.348 against 0.242 ms; H100, torch 2.11). In fp16: as fast as bf16, and it rounds to an eighth.
+
+**gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
+so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
+largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out negative, P grows it
+like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and one restart: Q is applied to X after three steps and G made anew. Later is
+too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the largest singular value in fp64; then of each way
+(products summed in fp32 and rounded once, computed on a CPU) the largest deviation of a singular value from fp64's, and
+‖X − X₆₄‖ / ‖X₆₄‖:
 
 | spectrum before | largest, fp64 | full, bf16 | gram, restart after 2 | gram, restart after 3 |
 | --- | --- | --- | --- | --- |
@@ -33,7 +37,21 @@ fp64's, and ‖X − X₆₄‖ / ‖X₆₄‖:
 | 1/i | 1.141 | 0.001, 2.2 % | 0.043, 1.7 % | 0.006, 2.7 % |
 | all equal | 0.922 | 0.030, 2.2 % | 0.003, 0.3 % | 0.006, 0.6 % |
 
-(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.)
+(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.) But where
+singular values fall by a power law, gram may fail, and by chance: of i^−1.5 at 384 × 1536, two seeds, the worst was off by 3.26 and
+0.012 (full 0.004, half 0.002); of 1/i at 384 × 768 by 6.96. So Muon does not take it. Half, of a
+1536 × 1536 matrix:
+
+| spectrum before | largest, fp64 | full, bf16 | half, fp16 | half, fp16, aX added in fp32 |
+| --- | --- | --- | --- | --- |
+| Gaussian | 1.141 | 0.0023, 0.9 % | 0.0009, 0.1 % | 0.0004, 0.1 % |
+| decay to 10⁻³ | 1.141 | 0.0057, 2.6 % | 0.0010, 0.3 % | 0.0005, 0.3 % |
+| decay to 10⁻⁴ | 1.141 | 0.0079, 3.8 % | 0.0009, 0.5 % | 0.0005, 0.5 % |
+| decay to 10⁻⁶ | 1.141 | 0.0210, 5.4 % | 0.0012, 0.7 % | 0.0007, 0.7 % |
+| 48 equal, noise 10⁻² | 1.141 | 0.0024, 3.0 % | 0.0005, 0.4 % | 0.0003, 0.4 % |
+| 48 equal, noise 10⁻³ | 1.105 | 0.0111, 16 % | 0.0005, 2.1 % | 0.0005, 2.1 % |
+| 1/i | 1.141 | 0.0026, 1.8 % | 0.0006, 0.2 % | 0.0002, 0.2 % |
+| all equal | 0.924 | 0.0354, 2.1 % | 0.0035, 0.3 % | 0.0017, 0.2 % |
 """
 
 from collections.abc import Callable
@@ -41,6 +59,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nvfp8.hardware import Capability, missing
 from nvfp8.ops import ops
 
 # (a, b, c) for 5 steps with safety factor 2e-2 and cushion 2 (arXiv 2505.16932)
@@ -52,18 +71,32 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 RESTART = 3  # steps of the Gram form before X follows
-# What X is multiplied by until then. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the diagonal, where fp16 has few
-# bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024, is far below 65504.
+# What X is multiplied by in fp16 until it is first multiplied. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the
+# diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024,
+# is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
 LIFT = 32.0
+SMALLEST = 768  # short side from which another way than "full" is taken: below it no symmetric product was measured
 
 
-def fastest_products(rows: int, columns: int, dtype: torch.dtype) -> str:
-    """The way that Muon goes for a shape: "full", "half" or "gram".
+def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Capability | None) -> str:
+    """The way that Muon goes for a shape: the fastest of those that err no more than "full".
 
-    "full" until `benchmarks/muon.py` has shown on a GPU where another is faster.
+    From the times of single products (`nvfp8/kernels/symmetric.py`; PX by `torch.bmm`, 0.0101k ms) the five steps of a 1536 × 1536k
+    matrix should take an H100 0.086k + 0.038 ms by "half"; by "full" they took 0.19 (k = 1) and 0.53 (k = 4). "gram" would be faster
+    from k = 1.33 on (0.035k + 0.108), were it accurate on every spectrum (above).
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        dtype: that Muon computes in.
+        capability: CUDA compute capability of the GPU; None on a CPU. The kernel is measured with wgmma alone.
+
+    Returns:
+        "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
     """
-    del rows, columns, dtype
-    return "full"
+    if dtype != torch.bfloat16 or capability is None or missing("wgmma", capability) is not None:
+        return "full"
+    return "half" if min(rows, columns) >= SMALLEST and rows % 8 == columns % 8 == 0 else "full"
 
 
 def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
@@ -76,7 +109,7 @@ def polar_express(x: Tensor, products: str) -> Tensor:
     """Return x (n, r, c), each of Frobenius norm at most 1, with all singular values brought near 1; overwrites x.
 
     Args:
-        x: fp32 or bf16, computed in as it is; by "gram" bf16 becomes fp16.
+        x: fp32 or bf16, computed in as it is; by "half" and "gram" bf16 becomes fp16.
         products: "full", "half" or "gram".
 
     Returns:
@@ -97,21 +130,21 @@ def _full(x: Tensor) -> Tensor:
 
 
 def _half(x: Tensor) -> Tensor:
-    tall, other, (gram, poly) = x.size(-2) > x.size(-1), torch.empty_like(x), _squares(x, 2)
-    product = ops(x).symmetric_product_
+    tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
+    x, other = _lifted(x)
+    g, p = _squares(x, 2)
     for a, b, c in POLAR_EXPRESS:
         rows = x.mT if tall else x
-        product(rows, rows, gram)
-        product(gram, gram, poly, alpha=c, c=gram, beta=b)
-        torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a, out=other)
-        x, other = other, x
+        product(rows, rows, g)  # lift² XXᵀ
+        product(g, g, p, alpha=c / lift**4, c=g, beta=b / lift**2, diagonal=a)
+        torch.baddbmm(other, *((x, p) if tall else (p, x)), beta=0, alpha=1 / lift, out=other)
+        x, other, lift = other, x, 1.0
     return x
 
 
 def _gram(x: Tensor) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
-    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
-    x, other = torch.mul(x, lift, out=torch.empty_like(x, dtype=dtype)), x.view(dtype)
+    x, other = _lifted(x)
     g, p, q, spare = _squares(x, 4)
     for steps in (POLAR_EXPRESS[:RESTART], POLAR_EXPRESS[RESTART:]):
         rows = x.mT if tall else x
@@ -129,6 +162,12 @@ def _gram(x: Tensor) -> Tensor:
         torch.baddbmm(other, *((x, q) if tall else (q, x)), beta=0, alpha=1 / lift, out=other)
         x, other, lift = other, x, 1.0
     return x
+
+
+def _lifted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """LIFT · x, in fp16 where x is bf16, and x's own memory as room for another."""
+    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+    return torch.mul(x, LIFT, out=torch.empty_like(x, dtype=dtype)), x.view(dtype)
 
 
 def _squares(x: Tensor, count: int) -> list[Tensor]:

@@ -204,9 +204,15 @@ class Muon(StoredOptimizer):
     def _chunk(self, stack: _Stack) -> int:
         """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""
         n, r, c = stack.momentum.data.shape
-        products = fastest_products(r, c, self.compute_dtype)
-        chunks = math.ceil(n / max(1, self.workspace // room(r, c, self.compute_dtype, products)))
+        chunks = math.ceil(n / max(1, self.workspace // room(r, c, self.compute_dtype, self._products(stack))))
         return math.ceil(n / chunks)
+
+    def _products(self, stack: _Stack) -> str:
+        """How Polar Express is computed for a stack."""
+        _, r, c = stack.momentum.data.shape
+        device = stack.momentum.data.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return fastest_products(r, c, self.compute_dtype, capability)
 
     def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
         gradients = dict(given)
@@ -232,7 +238,7 @@ class Muon(StoredOptimizer):
         keys = None if momentum.dtype == torch.float32 else [self._key(p, _MOMENTUM) for p in params]
         passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
         _equilibrate_(x)
-        x = polar_express(x, fastest_products(r, c, self.compute_dtype))
+        x = polar_express(x, self._products(stack))
         scale = _normuon_scale(x, stack.second_moment[part], group["beta2"])
         lr = float(group["lr"]) * math.sqrt(max(1, r / c))
         kept = None if stack.kept is None else stack.kept[part]

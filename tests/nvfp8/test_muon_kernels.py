@@ -237,8 +237,8 @@ def test_the_kernels_refuse_what_they_would_get_wrong() -> None:
         kernels.muon_descend_([x[0]], x, x, scale, 0.1, 0.1)
 
 
-# Rows: below a tile, exactly one, over one, over two; k: whole and broken steps
-SQUARES = [(2, 12, 20), (1, 128, 64), (2, 130, 33), (1, 300, 96)]
+# Rows: below a tile, whole tiles, over one and over two of them; k: whole and broken steps
+SQUARES = [(2, 12, 20), (1, 128, 64), (2, 132, 36), (1, 300, 96), (5, 64, 32)]
 
 
 @pytest.mark.parametrize("shape", SQUARES)
@@ -273,6 +273,17 @@ def test_a_polynomial_and_a_product_of_two_that_commute(shape: tuple[int, int, i
     torch.testing.assert_close(outs[2][0], 0.5 * square - 2 * g.double() + 4 * eye)
 
 
+def test_rows_that_16_bytes_do_not_divide_are_refused() -> None:
+    x, out = random(2, 8, 12, seed=1), torch.empty(2, 8, 8, device=DEVICE)
+    memory = torch.empty(2 * 8 * 8 + 1, device=DEVICE)
+    for operand, result in (
+        (random(2, 8, 13, seed=1), out), (random(2, 13, 6, seed=1).mT[:, :, :8].mT, out),
+        (random(2, 9, 12, seed=1), torch.empty(2, 9, 9, device=DEVICE)), (x, memory[1:].view(2, 8, 8)),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match=r"16-byte aligned|contiguous"):
+            kernels.symmetric_product_(operand, operand, result)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tall", [True, False])
@@ -283,9 +294,12 @@ def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bo
     poly = torch.full_like(gram, torch.nan)
     kernels.symmetric_product_(rows, rows, gram)
     kernels.symmetric_product_(gram, gram, poly, alpha=0.5, c=gram, beta=-2.0, diagonal=4.0)
-    assert torch.equal(gram, gram.mT) and torch.equal(poly, poly.mT)
+    both = torch.full_like(gram, torch.nan)
+    kernels.symmetric_product_(poly, gram, both)
+    assert all(torch.equal(product, product.mT) for product in (gram, poly, both))
     for ours, truth in (
         (gram, rows.double() @ rows.double().mT),
+        (both, poly.double() @ gram.double()),
         (poly, 0.5 * gram.double() @ gram.double() - 2 * gram.double() + 4 * torch.eye(392, device="cuda")),
     ):
         assert (ours - truth).norm() <= 1.05 * (truth.to(dtype) - truth).norm()
