@@ -40,8 +40,8 @@ beyond, where the polynomials diverge. Of a 384 × 1536 matrix, the largest devi
 | i^−1.5 | 0.004, 4.6 % | 0.214, 11 % | 0.004, 0.5 % | 0.002, 0.4 % |
 | i^−2 | 0.005, 6.8 % | 0.031, 5.2 % | 0.016, 0.9 % | 0.016, 0.7 % |
 
-At 768 × 3072 (restarts after 2 and 3) i^−1.5 is off by 0.006, 0.4 %, and i^−2 by 0.034, 1.5 % (full: 0.003, 4.9 %; 0.004, 7.0 %): Q's
-rounding, relative to its largest eigenvalue, falls on the first singular vector, whose own is small.
+At 768 × 3072, restarts after 2 and 3, i^−1.5 is off by 0.006, 0.4 %, and i^−2 by 0.034, 1.5 % (full: 0.003, 4.9 %; 0.004, 7.0 %):
+Q's rounding, relative to its largest eigenvalue, falls on the first singular vector, whose own is small.
 
 Of a 1536 × 1536 matrix, with the largest singular value in fp64:
 
