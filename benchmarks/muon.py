@@ -3,7 +3,7 @@
     python -m benchmarks.muon [--depth 12 24] [--repeats 10]
 
 One table. A batch is as large as Muon's default workspace lets it be, and its time is scaled to all matrices of that shape. Every
-way gets the same matrix of each of two spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
+way gets the same matrix of each of three spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
 a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. `host ms` is until the call returns: where it comes close to ms, the GPU waits for
 Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked with a star; it is to be the one with the fewest
 ms of those whose worst is no more than full's.
@@ -54,7 +54,7 @@ def shapes(depth: int) -> Counter[tuple[int, int]]:
 def flops(rows: int, columns: int, products: str) -> float:
     """Of one matrix, as the table in `nvfp8/polar_express.py` counts them."""
     short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
-    return short**3 * {"full": 20 * k + 10, "half": 15 * k + 5, "gram": 6 * k + 14}[products]
+    return short**3 * {"full": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
 
 
 def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
@@ -75,17 +75,18 @@ def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
 
 
 def spectra(rows: int, columns: int) -> Tensor:
-    """A Gaussian matrix and one whose singular values decay to 1e-4, each of norm 1/1.01: (2, rows, columns) bf16."""
+    """A Gaussian matrix, and singular values that decay to 1e-4 and as 1/i, each of norm 1/1.01: (3, rows, columns) bf16."""
     torch.manual_seed(0)
     short = min(rows, columns)
     gaussian = torch.randn(rows, columns, device="cuda")
     u, v = (torch.linalg.qr(torch.randn(n, short, device="cuda"))[0] for n in (rows, columns))
-    x = torch.stack((gaussian, u * torch.logspace(0, -4, short, device="cuda") @ v.mT))
+    falling = torch.logspace(0, -4, short, device="cuda"), 1 / torch.arange(1, short + 1, device="cuda")
+    x = torch.stack((gaussian, *(u * values @ v.mT for values in falling)))
     return (x / (1.01 * x.norm(dim=(-2, -1), keepdim=True))).bfloat16()
 
 
 def accuracy(given: Tensor, exact: Tensor, values: Tensor, products: str) -> str:
-    """The deviations of both spectra from fp64, as cells of the table."""
+    """The deviations of all spectra from fp64, as cells of the table."""
     ours = polar_express(given.clone(), products).double()
     worst = (torch.linalg.svdvals(ours) - values).abs().amax(-1)
     error = (ours - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
@@ -96,8 +97,11 @@ def main() -> None:
     """Parse flags, run, print."""
     args = arguments()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print("| depth | shape | products | ms, all | host ms, all | TFLOP/s | MiB a matrix | worst, error: Gaussian | decay to 1e-4 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| depth | shape | products | ms, all | host ms, all | TFLOP/s | MiB a matrix "
+        "| worst, error: Gaussian | decay to 1e-4 | 1/i |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for depth in args.depth:
         for (rows, columns), count in sorted(shapes(depth).items(), reverse=True):
             given = spectra(rows, columns)

@@ -9,7 +9,7 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | --- | --- | --- | --- | --- | --- |
 | full | XXᵀ 2k, A² 2, (bA + cA²)X 2k | 20k + 10 | 30 | 90 | 26.1 |
 | half | symmetric products once: XXᵀ k, A² 1, then 2k | 15k + 5 | 20 | 65 | 18.3 |
-| gram | G² 1, PG 1, PGP 1, PQ 1; twice XXᵀ k and QX 2k | 6k + 14 | 20 | 38 | 13.6 |
+| gram | G² 1, PG 1, PGP 1, PQ 1; three times XXᵀ k and QX 2k | 9k + 11 | 20 | 47 | 15.1 |
 
 **full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
 error falls 2.5 to 5 times.
@@ -21,26 +21,29 @@ P = aI + bA + cA², which costs the kernel nothing, so X ← PX is a product and
 **gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
 so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
 largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out negative, P grows it
-like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and one restart: Q is applied to X after three steps and G made anew. Later is
-too late, earlier leaves too many steps after it. Of a 1536 × 6144 matrix, the largest singular value in fp64; then of each way
-(products summed in fp32 and rounded once, computed on a CPU) the largest deviation of a singular value from fp64's, and
-‖X − X₆₄‖ / ‖X₆₄‖:
+like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and two restarts: Q is applied to X after two steps and again after the third,
+and G made anew. With one, after the third, all is well on spectra that decay exponentially or are of low rank; where they follow a
+power law, G's error of 3·10⁻⁵ is not small against the squares of singular values that Q, which is 130 by then, takes to 1.5 and
+beyond, where the polynomials diverge. Of a 384 × 1536 matrix, the largest deviation of a singular value from fp64's and
+‖X − X₆₄‖ / ‖X₆₄‖ (products summed in fp32 and rounded once, computed on a CPU):
 
-| spectrum before | largest, fp64 | full, bf16 | gram, restart after 2 | gram, restart after 3 |
+| spectrum | full, bf16 | gram, restart after 3 | after 2 and 4 | after 2 and 3 |
 | --- | --- | --- | --- | --- |
-| Gaussian | 1.141 | 0.005, 0.9 % | 0.001, 0.1 % | 0.002, 0.2 % |
-| decay to 10⁻³ | 1.141 | 0.009, 3.8 % | 0.089, 6.0 % | 0.001, 0.5 % |
-| decay to 10⁻⁴ | 1.141 | 0.020, 4.8 % | 0.085, 6.7 % | 0.001, 0.5 % |
-| decay to 10⁻⁶ | 1.141 | 0.025, 6.3 % | 0.095, 8.0 % | 0.001, 0.6 % |
-| 48 equal, noise 10⁻² | 1.141 | 0.001, 2.9 % | 0.083, 2.8 % | 0.001, 0.5 % |
-| 48 equal, noise 10⁻³ | 1.105 | 0.008, 16 % | 0.081, 12 % | 0.003, 2.1 % |
-| 1/i | 1.141 | 0.001, 2.2 % | 0.043, 1.7 % | 0.006, 2.7 % |
-| all equal | 0.922 | 0.030, 2.2 % | 0.003, 0.3 % | 0.006, 0.6 % |
+| Gaussian | 0.005, 1.0 % | 0.001, 0.3 % | 0.002, 0.1 % | 0.002, 0.3 % |
+| decay to 10⁻³ | 0.016, 5.0 % | 0.004, 0.7 % | 0.003, 0.8 % | 0.002, 0.5 % |
+| decay to 10⁻⁴ | 0.030, 6.8 % | 0.005, 0.9 % | 0.003, 0.9 % | 0.001, 0.6 % |
+| decay to 10⁻⁶ | 0.035, 9.2 % | 0.003, 1.1 % | 0.005, 1.0 % | 0.002, 0.6 % |
+| 12 equal, noise 10⁻¹ | 0.005, 1.0 % | 0.005, 1.2 % | 0.001, 0.2 % | 0.002, 0.2 % |
+| 12 equal, noise 10⁻² | 0.002, 2.6 % | 0.002, 0.4 % | 0.001, 0.1 % | 0.001, 0.2 % |
+| 12 equal, noise 10⁻³ | 0.015, 20 % | 0.008, 0.9 % | 0.001, 0.4 % | 0.003, 0.5 % |
+| 1/i | 0.001, 1.4 % | 14.145, 72 % | 0.002, 0.3 % | 0.001, 0.3 % |
+| i^−1.5 | 0.004, 4.6 % | 0.214, 11 % | 0.004, 0.5 % | 0.002, 0.4 % |
+| i^−2 | 0.005, 6.8 % | 0.031, 5.2 % | 0.016, 0.9 % | 0.016, 0.7 % |
 
-(At 128 × 512 a restart after 1, 4 or none leaves singular values of 4.3, 3.6 and 6.1 where fp64 has 1.14, decay to 10⁻³.) But where
-singular values fall by a power law, gram may fail, and by chance: of i^−1.5 at 384 × 1536, two seeds, the worst was off by 3.26 and
-0.012 (full 0.004, half 0.002); of 1/i at 384 × 768 by 6.96. So Muon does not take it. Half, of a
-1536 × 1536 matrix:
+At 768 × 3072, restarts after 2 and 3, i^−1.5 is off by 0.006, 0.4 %, and i^−2 by 0.034, 1.5 % (full: 0.003, 4.9 %; 0.004, 7.0 %):
+Q's rounding, relative to its largest eigenvalue, falls on the first singular vector, whose own is small.
+
+Of a 1536 × 1536 matrix, with the largest singular value in fp64:
 
 | spectrum before | largest, fp64 | full, bf16 | half, fp16 | half, fp16, aX added in fp32 |
 | --- | --- | --- | --- | --- |
@@ -70,7 +73,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-RESTART = 3  # steps of the Gram form before X follows
+RESTARTS = (2, 3)  # steps of the Gram form after which X follows
 # What X is multiplied by in fp16 until it is first multiplied. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the
 # diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024,
 # is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
@@ -79,11 +82,11 @@ SMALLEST = 768  # short side from which another way than "full" is taken: below 
 
 
 def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Capability | None) -> str:
-    """The way that Muon goes for a shape: the fastest of those that err no more than "full".
+    """The way that Muon goes for a shape.
 
     From the times of single products (`nvfp8/kernels/symmetric.py`; PX by `torch.bmm`, 0.0101k ms) the five steps of a 1536 × 1536k
-    matrix should take an H100 0.086k + 0.038 ms by "half"; by "full" they took 0.19 (k = 1) and 0.53 (k = 4). "gram" would be faster
-    from k = 1.33 on (0.035k + 0.108), were it accurate on every spectrum (above).
+    matrix should take an H100 0.086k + 0.038 ms by "half" and 0.052k + 0.085 by "gram", the same at k = 1.35; by "full" they took
+    0.19 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on, the least at which its accuracy was computed.
 
     Args:
         rows: of the matrix.
@@ -92,11 +95,14 @@ def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Ca
         capability: CUDA compute capability of the GPU; None on a CPU. The kernel is measured with wgmma alone.
 
     Returns:
-        "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
+        "gram" or "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
     """
     if dtype != torch.bfloat16 or capability is None or missing("wgmma", capability) is not None:
         return "full"
-    return "half" if min(rows, columns) >= SMALLEST and rows % 8 == columns % 8 == 0 else "full"
+    short, long = sorted((rows, columns))
+    if short < SMALLEST or short % 8 or long % 8:
+        return "full"
+    return "gram" if long >= 2 * short else "half"
 
 
 def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
@@ -146,8 +152,8 @@ def _gram(x: Tensor) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
     x, other = _lifted(x)
     g, p, q, spare = _squares(x, 4)
-    for steps in (POLAR_EXPRESS[:RESTART], POLAR_EXPRESS[RESTART:]):
-        rows = x.mT if tall else x
+    for start, end in zip((0, *RESTARTS), (*RESTARTS, len(POLAR_EXPRESS)), strict=True):
+        steps, rows = POLAR_EXPRESS[start:end], x.mT if tall else x
         product(rows, rows, g)  # lift² XXᵀ
         for i, (a, b, c) in enumerate(steps):
             product(g, g, p, alpha=c / lift**4, c=g, beta=b / lift**2, diagonal=a)
