@@ -16,7 +16,7 @@ def test_d24_has_the_matrices_and_the_operations_that_the_docstrings_say() -> No
     found = shapes(24)
     assert [found[shape] for shape in ((1536, 1536), (6144, 1536), (1536, 6144))] == [96, 24, 24]
     total = {way: sum(n * flops(*shape, way) for shape, n in found.items()) / 1e12 for way in WAYS}
-    assert {way: round(value, 1) for way, value in total.items()} == {"full": 26.1, "half": 18.3, "gram": 13.6}
+    assert {way: round(value, 1) for way, value in total.items()} == {"full": 26.1, "half": 18.3, "gram": 15.1}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -30,4 +30,5 @@ def test_without_a_gpu_it_is_one_line() -> None:
 def test_every_shape_is_timed_in_every_way() -> None:
     done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3 + len(WAYS) * len(shapes(2))
+    timed = [len(WAYS) if rows % 8 == columns % 8 == 0 else 1 for rows, columns in shapes(2)]  # TMA moves no rows of 24 bytes
+    assert len(done.stdout.splitlines()) == 3 + sum(timed)

@@ -302,6 +302,8 @@ def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bo
         (both, poly.double() @ gram.double()),
         (poly, 0.5 * gram.double() @ gram.double() - 2 * gram.double() + 4 * torch.eye(392, device="cuda")),
     ):
+        # P and G are rounded, so P·G is symmetric up to that; what is below the diagonal is what is above it.
+        truth = truth.triu() + truth.triu(1).mT
         assert (ours - truth).norm() <= 1.05 * (truth.to(dtype) - truth).norm()
 
 
