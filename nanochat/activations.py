@@ -249,7 +249,8 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     matrix = 4 * batch.shape.n_embd**2 * precision.matrix_dtype.itemsize
     outer = {"gradients of the stream and of the middle": 2 * x, "MLP: its gradient in FP8, both layouts": 2 * small}
     attention = _rope_and_attention(batch, layer) | {"the mixed stream": x, "1/rms of the stream": batch.tokens * 4}
-    mlp: Bytes = {"the MLP's input": x, "relu² in FP8": 4 * small, "1/rms of the MLP's input": batch.tokens * 4}
+    kept, again = (0.0, 4 * small) if precision.recompute else (4 * small, 0.0)
+    mlp: Bytes = {"the MLP's input": x, "relu² in FP8": kept, "1/rms of the MLP's input": batch.tokens * 4}
     if scaling not in ("delayed", "current"):
         fine = {"x̂ and attention's output in FP8": 2 * small}, {"the MLP's x̂ in FP8": small, "relu²": 4 * x}
         working: Bytes = {"gradients of the stream and of the middle": 2 * x, "MLP: gradient of the hidden layer": 4 * x}
@@ -262,6 +263,7 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
             outer
             | {
                 "MLP: gradient of relu² in bf16": 0 if scaling == "delayed" else 4 * x,
+                "MLP: relu² in FP8, made again": again,
                 "MLP: gradient of the hidden layer in FP8, both layouts": 8 * small,
                 "MLP: gradient of c_proj": matrix,
             },
@@ -270,6 +272,7 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
                 "gradients of the stream and of the middle": 2 * x,
                 "MLP: gradient of the hidden layer in FP8, both layouts": 8 * small,
                 "MLP: gradient of x̂, dx": 2 * x,
+                "MLP: relu² in FP8, made again": again,
                 "MLP: x̂ᵀ in FP8, dx in both layouts": 3 * small,
                 "MLP: gradients of c_fc and c_proj": 2 * matrix,
             },

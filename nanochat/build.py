@@ -41,6 +41,7 @@ class EngineOptions:
         head: "chunked", "te", or "auto": "te", which is faster, where weights are bf16, as it needs them.
         weights: "bf16" or "fp8".
         norm_weight: whether norms have learnable scales.
+        recompute_mlp: whether own FP8 layers make relu² again in backward.
     """
 
     recipe: str = "auto"
@@ -48,6 +49,7 @@ class EngineOptions:
     head: Literal["auto", "chunked", "te"] = "auto"
     weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
+    recompute_mlp: bool = False
 
 
 def choose_precision(
@@ -93,7 +95,7 @@ def choose_precision(
 
 
 def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
-    if options != EngineOptions(options.recipe):
+    if options != EngineOptions(options.recipe, recompute_mlp=options.recompute_mlp):
         raise BadInput(f"the --te flags and --norm-weight go with --precision te, not with {name}")
     if name == "fp8":
         capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
@@ -101,7 +103,8 @@ def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
         if reason is not None:
             raise BadInput(f"--precision fp8: {reason}; --precision fp8-emulated has the same numerics anywhere")
     try:
-        chosen = fp8(parse_recipe("delayed" if options.recipe == "auto" else options.recipe), emulated=name == "fp8-emulated")
+        asked = parse_recipe("delayed" if options.recipe == "auto" else options.recipe)
+        chosen = fp8(asked, emulated=name == "fp8-emulated", recompute=options.recompute_mlp)
     except ValueError as error:
         raise BadInput(f"--precision {name}: {error}") from error
     for feature in chosen.recipe.features if name == "fp8" else ():
@@ -113,6 +116,8 @@ def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
 
 def _transformer_engine(device_type: str, options: EngineOptions) -> Precision | str:
     """Return the precision, or why it cannot be had here, with what to do instead."""
+    if options.recompute_mlp:
+        raise BadInput("--recompute-mlp goes with --precision fp8")
     try:
         chosen = parse_recipe("delayed" if options.recipe == "auto" else options.recipe)
         reason = "it needs a CUDA device" if device_type != "cuda" else te.unavailable()

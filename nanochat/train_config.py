@@ -56,6 +56,7 @@ class TrainConfig:
     te_head: Literal["auto", "chunked", "te"] = "auto"
     te_weights: Literal["bf16", "fp8"] = "bf16"
     norm_weight: bool = False
+    recompute_mlp: bool = False
     adamw: str = "own"
     state_dtype: str = "auto"
     master_weights: str = "auto"
@@ -75,7 +76,7 @@ class TrainConfig:
             BadInput: a number out of its range, an FP8 recipe or a format of state that there is not, or flags against each other.
         """
         if self.fp8:
-            recipe = {"tensorwise": "current"}.get(self.fp8_recipe, self.fp8_recipe)
+            recipe = {"tensorwise": "delayed"}.get(self.fp8_recipe, self.fp8_recipe)  # one scale a tensor, from its history
             if (self.precision, self.recipe) not in (("auto", "auto"), ("fp8", recipe)):
                 raise BadInput(f"--fp8 is nanochat's way to say --precision fp8 --recipe {recipe}: give the one or the other")
             object.__setattr__(self, "precision", "fp8")
@@ -105,7 +106,7 @@ class TrainConfig:
     @property
     def engine(self) -> EngineOptions:
         """What FP8 layers are told, where they are used."""
-        return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight)
+        return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight, self.recompute_mlp)
 
     @property
     def formats(self) -> StateFormats:

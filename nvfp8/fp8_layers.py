@@ -8,7 +8,8 @@ Between two GEMMs stands one kernel that reads bf16 and writes FP8, in the layou
 
 What backward keeps of a block, in bytes a token and channel: the mixed stream (2), q, k, v, o (8, attention's), the stream before
 the MLP (2), aᵀ in FP8 (4), 1/rms twice: 16, where bf16 keeps 20 and a compiled block 37. All else is made again where it is
-read anyway: x̂ᵀ inside the norm's backward, oᵀ by casting o again, relu's derivative 2√a from aᵀ.
+read anyway: x̂ᵀ inside the norm's backward, oᵀ by casting o again, relu's derivative 2√a from aᵀ. Where memory is short, aᵀ can
+be made again too, at the price of a GEMM.
 
 Outside `scaling.autocast` everything is bf16 from the weights as they are: evaluation and decoding take any number of tokens. The
 same path serves a layer that a recipe leaves in bf16. Of a layer it may also leave single GEMMs. Such a GEMM must not see what was
@@ -189,7 +190,7 @@ class FP8NormLinear(NormLinear):
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, branch: Tensor | None, fc: Projection, proj: Projection, w_fc: Tensor, w_proj: Tensor
+        ctx: Any, stream: Tensor, branch: Tensor | None, fc: Projection, proj: Projection, recompute: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.fc, ctx.proj, w_fc_q, w_proj_q = fc, proj, fc.weight(), proj.weight()
         kernels, site = fc.x.kernels(stream), fc.x
@@ -197,17 +198,23 @@ class _MLP(torch.autograd.Function):
         x, normed, rstd = kernels.add_norm_quantize(stream, added, site.scale, site.dtype, site.amax)
         a = _activate(normed, fc, w_fc_q, proj.x, x.dtype)
         assert a.q is not None
-        ctx.save_for_backward(x, rstd, a.t, a.scale, a.inverse, w_fc_q.t, w_fc_q.inverse, w_proj_q.t, w_proj_q.inverse)
+        kept, w = (None, w_fc_q.q) if recompute else (a.t, None)
+        ctx.save_for_backward(x, rstd, kept, a.scale, a.inverse, w, w_fc_q.t, w_fc_q.inverse, w_proj_q.t, w_proj_q.inverse)
         ctx.branch, ctx.before = branch is not None, asked(branch)
         return x, proj.fprop(a.q, a.inverse, w_proj_q, x.dtype).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, a_t, a_scale, a_inverse, w_fc_t, w_fc_inverse, w_proj_t, w_proj_inverse = ctx.saved_tensors
+        x, rstd, a_t, a_scale, a_inverse, w_fc, w_fc_t, w_fc_inverse, w_proj_t, w_proj_inverse = ctx.saved_tensors
         fc: Projection = ctx.fc
         proj: Projection = ctx.proj
         dy, site = gradient(d_out, proj.dy), fc.x
+        if a_t is None:
+            normed = site.kernels(x).norm_quantize(x, site.scale, site.dtype)
+            again = Quantized(w_fc, None, w_fc_inverse, w_fc_inverse)
+            a_t = _activate(normed, fc, again, proj.x, x.dtype, a_scale).t
+            del normed
         d_w_proj = proj.wgrad(dy, a_t, a_inverse)
         dh = _activate_backward(dy, proj, w_proj_t, w_proj_inverse, a_t, a_scale, fc.dy, x.dtype)
         del dy  # 2 bytes a token and channel
@@ -218,18 +225,27 @@ class _MLP(torch.autograd.Function):
         )
         dx = _hand_dx(dx, ctx.before, q, t)
         d_w_fc = fc.wgrad(dh, normed_t, site.inverse)
-        return dx, dx if ctx.branch else None, None, None, *d_w_fc, *d_w_proj
+        return dx, dx if ctx.branch else None, None, None, None, *d_w_fc, *d_w_proj
 
 
-def _activate(normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype) -> Quantized:
-    """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before."""
+def _activate(
+    normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype, again: Tensor | None = None
+) -> Quantized:
+    """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before.
+
+    `again` is the scale it was cast by, where this is the second time: the same codes, and nothing is measured.
+    """
     kernels = site.kernels(normed)
+    scale, amax = (site.scale, site.amax) if again is None else (again, None)
     if site.ready:
         a, a_t = kernels.gemm_relu_squared(
-            normed, w.q, fc.x.inverse * w.inverse, site.scale, site.dtype, fc.recipe.fprop.fast_accumulation, site.amax
+            normed, w.q, fc.x.inverse * w.inverse, scale, site.dtype, fc.recipe.fprop.fast_accumulation, amax
         )
-        return Quantized(a, a_t, site.scale, site.inverse)
+        return Quantized(a, a_t, scale, site.inverse)
     h = fc.fprop(normed, fc.x.inverse, w, dtype)
+    if again is not None:
+        a, a_t = kernels.relu_squared_quantize(h, scale, site.dtype, None)
+        return Quantized(a, a_t, scale, site.inverse)
     return measured(site, lambda scale, amax: kernels.relu_squared_quantize(h, scale, site.dtype, amax))
 
 
@@ -250,10 +266,13 @@ def _activate_backward(
 class FP8ReluSquaredMLP(ReluSquaredMLP):
     """x + c_proj(relu(c_fc(norm(x)))²): two GEMMs each way for dx, two for dW; keeps its input and aᵀ in FP8."""
 
-    def __init__(self, c_fc: FP8Linear, c_proj: FP8Linear, recipe: Recipe, emulated: bool):
-        """Join c_fc (hidden, width) and c_proj (width, hidden). Where a GEMM of theirs, not all, is in bf16, nothing is fused."""
+    def __init__(self, c_fc: FP8Linear, c_proj: FP8Linear, recipe: Recipe, emulated: bool, recompute: bool = False):
+        """Join c_fc (hidden, width) and c_proj (width, hidden). Where a GEMM of theirs, not all, is in bf16, nothing is fused.
+
+        With `recompute` backward makes aᵀ again, from the input: one more GEMM, and of 16 bytes a block keeps four less.
+        """
         torch.nn.Module.__init__(self)
-        self.c_fc, self.c_proj = c_fc, c_proj
+        self.c_fc, self.c_proj, self.recompute = c_fc, c_proj, recompute
         self.projections: tuple[Projection, ...] = ()
         fused = all(layer.projections and not layer.projections[0].in_bf16 for layer in (c_fc, c_proj))
         self.separate = not fused and bool(c_fc.projections or c_proj.projections)
@@ -272,7 +291,7 @@ class FP8ReluSquaredMLP(ReluSquaredMLP):
             pending = Pending(stream, self.c_proj(self.c_fc(RMSNorm()(stream)).relu().square()))
         elif _in_fp8(self.projections[0] if self.projections else None, stream):
             fc, proj = self.projections
-            stream, out = _MLP.apply(stream, branch, fc, proj, self.c_fc.weight, self.c_proj.weight)
+            stream, out = _MLP.apply(stream, branch, fc, proj, self.recompute, self.c_fc.weight, self.c_proj.weight)
             pending = Pending(stream, ask(out, proj.dy))
         else:
             return super().forward(x, settle)

@@ -226,10 +226,12 @@ class FP8Precision(Precision):
         emulated: the same numerics by plain PyTorch, on any device.
         path: dotted name of the part of the model that this makes layers for.
         made: names of all layers made so far, three GEMMs each, shared by the precisions of all parts.
+        recompute: backward makes relu² again instead of keeping it.
     """
 
     recipe: Recipe = RECIPES["delayed"]
     emulated: bool = False
+    recompute: bool = False
     path: str = ""
     made: set[str] = field(default_factory=set, compare=False, repr=False)
 
@@ -263,7 +265,7 @@ class FP8Precision(Precision):
         if isinstance(c_fc, FineLinear) and isinstance(c_proj, FineLinear):
             return FineMLP(c_fc, c_proj)
         assert isinstance(c_fc, FP8Linear) and isinstance(c_proj, FP8Linear)
-        return FP8ReluSquaredMLP(c_fc, c_proj, self.recipe, self.emulated)
+        return FP8ReluSquaredMLP(c_fc, c_proj, self.recipe, self.emulated, self.recompute)
 
     def head(self, width: int, vocab: int, padded_vocab: int, softcap: float) -> LinearCrossEntropy:
         """lm_head with its loss, in FP8 but for the GEMMs that the recipe excepts."""
@@ -316,7 +318,8 @@ class FP8Precision(Precision):
         fused = {
             "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
-            "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix",
+            "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix"
+            + (", relu² made again in backward" if self.recompute else ""),
         }
         apart = {part: "FP8 GEMM, each operand cast by itself" for part in fused}
         count = f"{sum(map(len, excepted))} of {len(GEMMS) * len(self.made)} GEMMs"
@@ -336,12 +339,13 @@ class FP8Precision(Precision):
         }
 
 
-def fp8(recipe: Recipe, *, emulated: bool = False) -> FP8Precision:
+def fp8(recipe: Recipe, *, emulated: bool = False, recompute: bool = False) -> FP8Precision:
     """Our own FP8 layers with `recipe`.
 
     Args:
         recipe: in FP8; scaled by tensor it is fast, by row or block it is there for comparison.
         emulated: the same numerics by plain PyTorch, on any device.
+        recompute: backward makes relu² again instead of keeping it.
 
     Raises:
         ValueError: a recipe that these layers have not; the message says what they have.
@@ -351,4 +355,7 @@ def fp8(recipe: Recipe, *, emulated: bool = False) -> FP8Precision:
         raise ValueError(f"recipe {recipe.name}: our own FP8 layers have delayed, current, e4m3, rowwise and blockwise")
     if (recipe.dgrad.right, recipe.wgrad.left, recipe.wgrad.right) != (w, dy, x):
         raise ValueError(f"recipe {recipe.name}: our own FP8 layers cast a tensor once for all GEMMs: {recipe.describe()}")
-    return FP8Precision("fp8-emulated" if emulated else "fp8", torch.bfloat16, torch.bfloat16, recipe, emulated)
+    made = FP8Precision("fp8-emulated" if emulated else "fp8", torch.bfloat16, torch.bfloat16, recipe, emulated, recompute)
+    if recompute and made._fine:
+        raise ValueError(f"recipe {recipe.name} keeps relu² in bf16: it is made again with one scale a tensor only")
+    return made

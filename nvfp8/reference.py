@@ -19,6 +19,7 @@ from nvfp8.reference_fp8 import heads_backward_quantize as heads_backward_quanti
 from nvfp8.reference_fp8 import mix_norm_backward_quantize as mix_norm_backward_quantize
 from nvfp8.reference_fp8 import mix_norm_quantize as mix_norm_quantize
 from nvfp8.reference_fp8 import norm_backward_quantize as norm_backward_quantize
+from nvfp8.reference_fp8 import norm_quantize as norm_quantize
 from nvfp8.reference_fp8 import quantize as quantize
 from nvfp8.reference_fp8 import quantize_rows as quantize_rows
 from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_backward_quantize

@@ -133,6 +133,11 @@ def add_norm_quantize(
     return x, _rows(normed, scale, dtype, amax), rstd
 
 
+def norm_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of x (..., D) in FP8 alone, (M, D): what `add_norm_quantize` made of x when it was whole, again."""
+    return _rows(norm(wide(x))[0], scale, dtype, None)
+
+
 def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
     """The square of relu, a = relu(h)² (arXiv 2109.08668), in FP8.
 

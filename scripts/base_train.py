@@ -68,7 +68,7 @@ def _parser() -> Parser:
     runtime = parser.add_argument_group("runtime")
     add(runtime, "run", str, "wandb run name; 'dummy' = no wandb")
     add(runtime, "device-type", str, "cuda or cpu; empty = cuda if there is one")
-    parser.add_argument("--fp8", action="store_true", help="nanochat's way to say --precision fp8 --recipe current, or rowwise")
+    parser.add_argument("--fp8", action="store_true", help="nanochat's way to say --precision fp8 --recipe delayed, or rowwise")
     add(runtime, "fp8-recipe", str, "with --fp8", choices=("rowwise", "tensorwise"))
 
     ours = parser.add_argument_group("beyond nanochat")

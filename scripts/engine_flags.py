@@ -31,8 +31,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="bf16 weights with FP8 copies, or FP8 only beside fp32 matrices (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--norm-weight", action="store_true", help="learnable scales in the norms (nanochat has none)")
+    group.add_argument(
+        "--recompute-mlp", action="store_true",
+        help="with --precision fp8: backward computes relu² again instead of keeping it, a quarter less of what blocks keep",
+    )  # fmt: skip
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """What the flags of `add_engine_flags` said."""
-    return EngineOptions(args.recipe, args.te_layers, args.te_head, args.te_weights, args.norm_weight)
+    return EngineOptions(args.recipe, args.te_layers, args.te_head, args.te_weights, args.norm_weight, args.recompute_mlp)

@@ -21,6 +21,7 @@ from nvfp8.kernels.norm_fp8 import (
     mix_norm_backward_quantize,
     mix_norm_quantize,
     norm_backward_quantize,
+    norm_quantize,
 )
 from nvfp8.kernels.quantize_fp8 import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
 from nvfp8.kernels.quantize_rows_fp8 import quantize_rows
@@ -48,6 +49,7 @@ __all__ = [
     "norm_backward",
     "norm_backward_quantize",
     "norm_forward",
+    "norm_quantize",
     "quantize",
     "quantize_rows",
     "relu_squared_",

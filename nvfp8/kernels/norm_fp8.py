@@ -37,11 +37,13 @@ def _norm_quantize(
         x += tl.load(PENDING + at + column, mask, 0.0).to(tl.float32)
     if MIX:
         x = tl.load(LAMBDAS) * x + tl.load(LAMBDAS + 1) * tl.load(X0 + at + column, mask, 0.0).to(tl.float32)
-    stored = x.to(STREAM.dtype.element_ty)
-    tl.store(STREAM + at + column, stored, mask)
-    x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
+    if STREAM is not None:
+        stored = x.to(STREAM.dtype.element_ty)
+        tl.store(STREAM + at + column, stored, mask)
+        x = stored.to(tl.float32)  # the norm sees the stream as it is stored, here and in backward
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
-    tl.store(RSTD + row, rstd)
+    if RSTD is not None:
+        tl.store(RSTD + row, rstd)
     normed = x * rstd
     if AMAX is not None:
         raise_amax(AMAX, largest_bits(normed))
@@ -171,6 +173,19 @@ def add_norm_quantize(
     """See `nvfp8.reference_fp8.add_norm_quantize`."""
     x, q, _, rstd = _forward(stream, branch, None, None, 0, scale, dtype, amax)
     return x, q, rstd
+
+
+def norm_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `nvfp8.reference_fp8.norm_quantize`."""
+    x = x.contiguous()
+    d = x.shape[-1]
+    q, block = torch.empty(x.numel() // d, d, dtype=dtype, device=x.device), triton.next_power_of_2(d)
+    if len(q):
+        _norm_quantize[(len(q),)](
+            x, None, None, None, None, q, None, None, scale, None, d, 0,
+            EPS=NORM_EPS, MIX=False, DTYPE=DTYPES[dtype], BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return q
 
 
 def _backward(

@@ -46,6 +46,10 @@ def test_without_an_fp8_unit_one_line_names_the_emulation(monkeypatch: pytest.Mo
     with pytest.raises(BadInput, match=r"--precision fp8: recipe blockwise: block scaling .* 8\.9; use --recipe delayed"):
         choose_precision("fp8", "cuda", EngineOptions("blockwise"))
     assert choose_precision("fp8-emulated", "cpu", EngineOptions())[0].name == "fp8-emulated"
+    with pytest.raises(BadInput, match="--recompute-mlp goes with --precision fp8"):
+        choose_precision("te", "cuda", EngineOptions(recompute_mlp=True))
+    with pytest.raises(BadInput, match="recipe rowwise keeps relu² in bf16: it is made again with one scale a tensor only"):
+        choose_precision("fp8-emulated", "cpu", EngineOptions("rowwise", recompute_mlp=True))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,13 @@ def test_the_fp8_head_is_counted_by_what_it_keeps_in_fp8() -> None:
     assert without.lines["FP8 copies of weights, both layouts"] == 2 * 12 * 12 * 768**2
 
 
+def test_relu_squared_made_again_is_not_counted_as_kept() -> None:
+    kept, again = (predict(setup(24, 16, fp8(DELAYED, recompute=recompute))) for recompute in (False, True))
+    layer = 4 * 16 * 2048 * 1536  # of 24; while a layer's is made again, it is there
+    assert again.lines.get("relu² in FP8", 0) == 0 and kept.lines["relu² in FP8"] == 24 * layer
+    assert 22 * layer <= kept.total - again.total <= 24 * layer
+
+
 def test_gradients_of_one_micro_batch_come_with_backward() -> None:
     whole, parts = (predict(setup(24, 16, bf16(), accumulation=n)) for n in (1, 8))
     assert whole.total == pytest.approx(parts.total - sum(Counted(setup(24, 1, bf16())).gradients().values()))

@@ -127,7 +127,7 @@ def compile_fp8(kernels: Any) -> None:
         kernels.relu_squared_quantize(flat, one, dtype, amax)
         a_t = torch.zeros(width, 128, dtype=e4m3)
         kernels.relu_squared_backward_quantize(flat, a_t, one, one, dtype, amax)
-        kernels.add_norm_quantize(x, x, one, dtype, amax)
+        kernels.add_norm_quantize(x, x, one, dtype, amax), kernels.norm_quantize(x, one, dtype)
         for pending, head in ((x, x[..., :12].contiguous()), (None, None)):
             kernels.mix_norm_quantize(x, pending, x, lambdas, 0 if head is None else 12, one, dtype, amax)
         kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax)

@@ -341,7 +341,8 @@ def test_mix(shape: tuple[int, ...], complete: bool, stream: torch.dtype) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, stream: torch.dtype) -> None:
     branch, before, d_stream, d_normed = (random(*shape, dtype=stream, seed=seed) for seed in range(4))
-    x, _, rstd = compare("add_norm_quantize", before, branch, scalar(31.0), dtype)
+    x, q, rstd = compare("add_norm_quantize", before, branch, scalar(31.0), dtype)
+    assert_same((kernels.norm_quantize(x, scalar(31.0), dtype),), (q,))
     compare("norm_backward_quantize", d_normed, x, rstd, d_stream, scalar(31.0), E4M3, scalar(0.37), dtype)
 
 

@@ -292,6 +292,34 @@ def test_a_block_keeps_sixteen_bytes_a_token_and_channel() -> None:
     assert 16 * unit <= sum(kept.values()) <= 16 * unit + statistics + 4096, sum(kept.values()) / unit
 
 
+@pytest.mark.parametrize("name", ["delayed", "current"])
+def test_relu_squared_made_again_gives_the_same_gradients_and_is_not_kept(name: str) -> None:
+    results, kept = [], []
+    for recompute in (False, True):
+        precision = fp8(RECIPES[name], emulated=True, recompute=recompute)
+        made, scaling = made_of(precision, table=True)
+        given = inputs(DEVICE, torch.bfloat16)
+        for _ in range(2):  # the second with a history
+            step(precision, made, given, run_attention)
+            amax = None if scaling.amax is None else scaling.amax.clone()
+            scaling.update()
+        results.append((gradients(made, given), amax))
+        sizes: dict[int, int] = {}
+        with (
+            precision.autocast(1 / TOKENS),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) and t,
+                lambda t: t,
+            ),
+        ):
+            made["mlp"](given[0].view(2, TOKENS // 2, WIDTH) * 1, settle=False)
+        kept.append(sum(sizes.values()))
+    (plain, plain_amax), (again, again_amax) = results
+    assert torch.equal(plain_amax, again_amax), "what was measured once is not measured again"
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+    assert kept[0] - kept[1] == HIDDEN * TOKENS - HIDDEN * WIDTH, "aᵀ is not kept, c_fc's copy in FP8 is"
+
+
 def test_a_graph_that_somebody_holds_lets_the_steps_copies_of_weights_go() -> None:
     precision = fp8(RECIPES["delayed"], emulated=True)
     made, _ = made_of(precision)
