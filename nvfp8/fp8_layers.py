@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import scaling
+from nvfp8.hardware import missing
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
 from nvfp8.matmul import weight_gradient
 from nvfp8.quantize import Projection, Quantized, ask, asked, gradient, hand, measured, quantize
@@ -228,6 +229,11 @@ class _MLP(torch.autograd.Function):
         return dx, dx if ctx.branch else None, None, None, None, *d_w_fc, *d_w_proj
 
 
+def _has_epilogues(site: Site, x: Tensor) -> bool:
+    """Whether GEMMs of ours run here: they move tiles by TMA. Ada's are cuBLAS's, each with a pass behind it."""
+    return site.emulated or not x.is_cuda or missing("tma", torch.cuda.get_device_capability(x.device)) is None
+
+
 def _activate(
     normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype, again: Tensor | None = None
 ) -> Quantized:
@@ -237,7 +243,7 @@ def _activate(
     """
     kernels = site.kernels(normed)
     scale, amax = (site.scale, site.amax) if again is None else (again, None)
-    if site.ready:
+    if site.ready and _has_epilogues(site, normed):
         a, a_t = kernels.gemm_relu_squared(
             normed, w.q, fc.x.inverse * w.inverse, scale, site.dtype, fc.recipe.fprop.fast_accumulation, amax
         )
@@ -254,7 +260,7 @@ def _activate_backward(
 ) -> Quantized:
     """Gradient before relu², (dy·W)·2√a, both ways; in the GEMM's epilogue where the scale is known before."""
     kernels = site.kernels(a_t)
-    if site.ready:
+    if site.ready and _has_epilogues(site, a_t):
         dh, dh_t = kernels.gemm_relu_squared_backward(
             dy.q, w_t, dy.inverse * w_inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )

@@ -83,8 +83,8 @@ def peaks(device_name: str) -> Peaks | None:
 
 
 # What tensor cores can be asked for. `bf16`, `fp8` and `wgmma` (products of four warps together, which FlashAttention 3 is
-# written in) are instructions; the others are scalings inside the GEMM.
-FEATURES = ("bf16", "fp8", "wgmma", "fp8_block", "mxfp8", "nvfp4")
+# written in) are instructions, `tma` moves tiles between memory and multiprocessors; the others are scalings inside the GEMM.
+FEATURES = ("bf16", "fp8", "wgmma", "tma", "fp8_block", "mxfp8", "nvfp4")
 
 
 def missing(feature: str, capability: Capability) -> str | None:
@@ -104,6 +104,8 @@ def missing(feature: str, capability: Capability) -> str | None:
         return None if capability >= (8, 9) else f"FP8 units came with 8.9 (Ada) and 9.0 (Hopper), this is {chip}"
     if feature == "wgmma":
         return None if capability[0] == 9 else f"wgmma instructions are Hopper's (9.0) alone, this is {chip}"
+    if feature == "tma":
+        return None if capability >= (9, 0) else f"TMA came with 9.0 (Hopper), this is {chip}"
     if feature == "fp8_block":
         return None if capability == (9, 0) else f"block scaling of FP8 is Hopper's (9.0) alone, this is {chip}"
     if feature == "mxfp8":

@@ -271,6 +271,25 @@ def test_a_block_keeps_sixteen_bytes_a_token_and_channel() -> None:
     assert 16 * unit <= sum(kept.values()) <= 16 * unit + statistics + 4096, sum(kept.values()) / unit
 
 
+def test_without_tma_casts_are_passes_behind_the_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Ada: relu² and its derivative are cast from bf16, with the scales and amaxes that epilogues would use."""
+    _, exact = truth()
+    found, amaxes = [], []
+    for epilogues in (True, False):
+        monkeypatch.setattr("nvfp8.fp8_layers._has_epilogues", lambda site, x, epilogues=epilogues: epilogues)
+        precision = fp8(RECIPES["delayed"], emulated=True)
+        made, scaling = made_of(precision)
+        given = inputs(DEVICE, torch.bfloat16)
+        for _ in range(2):
+            step(precision, made, given)
+            amaxes.append(scaling.amax.clone())
+            assert scaling.update() == []
+        found.append(gradients(made, given))
+        assert too_low(found[-1], exact, least_db("delayed")) == {}
+    assert not torch.equal(found[0]["mlp.c_proj.weight"], found[1]["mlp.c_proj.weight"])
+    assert torch.allclose(amaxes[1], amaxes[3], rtol=2**-6)
+
+
 @pytest.mark.parametrize("name", ["delayed", "current"])
 def test_relu_squared_made_again_gives_the_same_gradients_and_is_not_kept(name: str) -> None:
     results, kept = [], []
