@@ -162,10 +162,7 @@ def head(precision: Precision, batch: MicroBatch) -> Head:
 
 
 def _fp8_head(precision: FP8Precision, batch: MicroBatch) -> Head:
-    """`nvfp8.fp8_head`, inside the last but one chunk's kernel: with the last, dW's sum would be as large and its logits fewer.
-
-    Not measured yet.
-    """
+    """`nvfp8.fp8_head`, inside the last but one chunk's kernel: with the last, dW's sum would be as large and its logits fewer."""
     shape, weight = batch.shape, batch.shape.padded_vocab * batch.shape.n_embd
     chunk = min(CHUNK_BYTES, batch.tokens * shape.padded_vocab)  # logits of a chunk; a byte each in either layout of their gradient
     several = batch.tokens * shape.padded_vocab > CHUNK_BYTES
@@ -242,7 +239,7 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; what is left in bf16 is not counted.
 
     With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. With
-    scales by row or block one layout is cast after the other; emulated by way of three fp32 copies. Not measured yet.
+    scales by row or block one layout is cast after the other; emulated by way of three fp32 copies. Only scales by tensor were measured.
     """
     scaling, x, one = precision.recipe.fprop.left.scaling, batch.x, fp8_bytes(precision.recipe)
     small = x * one / batch.itemsize
@@ -272,7 +269,6 @@ def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
                 "gradients of the stream and of the middle": 2 * x,
                 "MLP: gradient of the hidden layer in FP8, both layouts": 8 * small,
                 "MLP: gradient of x̂, dx": 2 * x,
-                "MLP: relu² in FP8, made again": again,
                 "MLP: x̂ᵀ in FP8, dx in both layouts": 3 * small,
                 "MLP: gradients of c_fc and c_proj": 2 * matrix,
             },

@@ -197,7 +197,7 @@ class _MLP(torch.autograd.Function):
         kernels, site = fc.x.kernels(stream), fc.x
         added = torch.zeros_like(stream) if branch is None else branch
         x, normed, rstd = kernels.add_norm_quantize(stream, added, site.scale, site.dtype, site.amax)
-        a = _activate(normed, fc, w_fc_q, proj.x, x.dtype)
+        a = _activate(normed, fc, w_fc_q, proj.x, x.dtype, columns=not recompute)
         assert a.q is not None
         kept, w = (None, w_fc_q.q) if recompute else (a.t, None)
         ctx.save_for_backward(x, rstd, kept, a.scale, a.inverse, w, w_fc_q.t, w_fc_q.inverse, w_proj_q.t, w_proj_q.inverse)
@@ -214,10 +214,11 @@ class _MLP(torch.autograd.Function):
         if a_t is None:
             normed = site.kernels(x).norm_quantize(x, site.scale, site.dtype)
             again = Quantized(w_fc, None, w_fc_inverse, w_fc_inverse)
-            a_t = _activate(normed, fc, again, proj.x, x.dtype, a_scale).t
+            a_t = _activate(normed, fc, again, proj.x, x.dtype, rows=False, scale=a_scale).t
             del normed
         d_w_proj = proj.wgrad(dy, a_t, a_inverse)
         dh = _activate_backward(dy, proj, w_proj_t, w_proj_inverse, a_t, a_scale, fc.dy, x.dtype)
+        del a_t
         del dy  # 2 bytes a token and channel
         d_normed = fc.dgrad(dh, w_fc_t, w_fc_inverse, x.dtype).view(x.shape)
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
@@ -235,21 +236,23 @@ def _has_epilogues(site: Site, x: Tensor) -> bool:
 
 
 def _activate(
-    normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype, again: Tensor | None = None
-) -> Quantized:
-    """Cast relu(x̂·Wᵀ)² as it lies and transposed; in the GEMM's epilogue where the scale is known before.
+    normed: Tensor, fc: Projection, w: Quantized, site: Site, dtype: torch.dtype, *, rows: bool = True, columns: bool = True,
+    scale: Tensor | None = None,
+) -> Quantized:  # fmt: skip
+    """Cast relu(x̂·Wᵀ)²; in the GEMM's epilogue where the scale is known before, and then in the layouts that are wanted.
 
-    `again` is the scale it was cast by, where this is the second time: the same codes, and nothing is measured.
+    `scale` is what it was cast by, where this is the second time: the same codes, and nothing is measured.
     """
     kernels = site.kernels(normed)
-    scale, amax = (site.scale, site.amax) if again is None else (again, None)
+    known, amax = (site.scale, site.amax) if scale is None else (scale, None)
     if site.ready and _has_epilogues(site, normed):
+        fast = fc.recipe.fprop.fast_accumulation
         a, a_t = kernels.gemm_relu_squared(
-            normed, w.q, fc.x.inverse * w.inverse, scale, site.dtype, fc.recipe.fprop.fast_accumulation, amax
+            normed, w.q, fc.x.inverse * w.inverse, known, site.dtype, fast, amax, rows=rows, columns=columns
         )
-        return Quantized(a, a_t, scale, site.inverse)
+        return Quantized(a, a_t, known, site.inverse)
     h = fc.fprop(normed, fc.x.inverse, w, dtype)
-    if again is not None:
+    if scale is not None:
         a, a_t = kernels.relu_squared_quantize(h, scale, site.dtype, None)
         return Quantized(a, a_t, scale, site.inverse)
     return measured(site, lambda scale, amax: kernels.relu_squared_quantize(h, scale, site.dtype, amax))

@@ -299,6 +299,11 @@ class FP8Precision(Precision):
                 raise ValueError(f"recipe {self.recipe.name}: bf16={pattern} is no part of this model, whose layers are {names}, …")
         kinds = (FP8Linear, FP8NormLinear, FP8ReluSquaredMLP, FP8LinearCrossEntropy)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and layer.projections}
+        for name, layer in model.named_modules():
+            if self.recompute and isinstance(layer, FP8ReluSquaredMLP) and not layer.projections:
+                raise ValueError(
+                    f"relu² is made again where an MLP is in FP8 as a whole: {self.recipe.name} leaves some of {name} in bf16"
+                )
         sites = {name: [site for part in layer.projections for site in part.sites] for name, layer in layers.items()}
         return scaling.Scaling(sites, self.recipe)
 

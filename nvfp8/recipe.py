@@ -61,7 +61,7 @@ class Gemm:
         left: the activation or gradient.
         right: the weight, or the activation in wgrad.
         fast_accumulation: sum in the tensor core's 14 bits or so rather than promote to fp32 now and then. On gradients of a
-            trained d12 that adds 0.04 to 0.07 % to fprop and dgrad, whose casts err by 4 and 6 %, and 0.5 to 3.6 % to wgrad,
+            trained d12 that adds 0.04 to 0.13 % to fprop and dgrad, whose casts err by 4 and 6 %, and 0.5 to 3.6 % to wgrad,
             which sums over all tokens (`benchmarks/accumulation.py`): so the first two use it.
     """
 

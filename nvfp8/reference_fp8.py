@@ -270,8 +270,9 @@ def heads_backward_quantize(
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None,
+    *, rows: bool = True, columns: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """relu(x·wᵀ)² in FP8, x·wᵀ never stored.
 
     Args:
@@ -282,12 +283,14 @@ def gemm_relu_squared(
         dtype: FP8 format of the result.
         fast: sum in the tensor core's own 14 bits or so, rather than promote to fp32 every 128 terms; a twin never does.
         amax: 0-D fp32 of the result, raised in place, or None.
+        rows: whether a is wanted.
+        columns: whether aᵀ is.
 
     Returns:
-        a (M, N), aᵀ (N, M).
+        a (M, N), aᵀ (N, M), None for what is not wanted.
     """
     del fast
-    return _both(_product(x_q, w_q, inverse_scale).relu().square(), scale, dtype, amax)
+    return quantize(_product(x_q, w_q, inverse_scale).relu().square(), scale, dtype, amax, rows=rows, columns=columns)
 
 
 def gemm_relu_squared_backward(

@@ -75,8 +75,10 @@ def _finish(products, a, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: tl.
         value = value * value
     largest = tl.maximum(largest, largest_bits(value))
     codes = to_fp8(value * scale, DTYPE)
-    OUT.store([m, n], codes)
-    OUT_T.store([n, m], codes.T)
+    if OUT is not None:
+        OUT.store([m, n], codes)
+    if OUT_T is not None:
+        OUT_T.store([n, m], codes.T)
     return largest
 
 
@@ -98,23 +100,24 @@ def _tiles(device: torch.device, fast: bool) -> dict[str, int]:
 
 def _launch(
     x: Tensor, w: Tensor, inverse_scale: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor, dtype: torch.dtype,
-    fast: bool, amax: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    fast: bool, amax: Tensor | None, rows: bool = True, columns: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     m, k = x.shape
     n = w.shape[0]
     assert w.shape[1] == k and (a_t is None or a_t.shape == (n, m)), "(M, K) · (N, K)ᵀ, aᵀ (N, M)"
     assert m % 16 == n % 16 == k % 16 == 0, f"TMA moves rows of whole 16 bytes: {m} × {n} × {k}"
-    out, out_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, n), (n, m)))
-    if not out.numel():
+    out = torch.empty(m, n, dtype=dtype, device=x.device) if rows else None
+    out_t = torch.empty(n, m, dtype=dtype, device=x.device) if columns else None
+    if not m * n:
         return out, out_t
     tiles: dict[str, Any] = dict(_tiles(x.device, fast))
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
 
-    def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, [rows, columns])
+    def described(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
+        return None if tensor is None else TensorDescriptor.from_tensor(tensor, [rows, columns])
 
     _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
-        described(x, bm, bk), described(w, bn, bk), None if a_t is None else described(a_t, bn, bm),
+        described(x, bm, bk), described(w, bn, bk), described(a_t, bn, bm),
         described(out, bm, bn // 2), described(out_t, bn // 2, bm), inverse_scale, a_scale, scale, as_bits(amax), m, n, k,
         BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if fast else bk, GROUP=GROUP,
         **tiles,
@@ -123,10 +126,11 @@ def _launch(
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None,
+    *, rows: bool = True, columns: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared`; M, N and K must be multiples of 16."""
-    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, fast, amax)
+    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, fast, amax, rows, columns)
 
 
 def gemm_relu_squared_backward(
@@ -134,4 +138,6 @@ def gemm_relu_squared_backward(
     fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared_backward`; M, N and K must be multiples of 16."""
-    return _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, fast, amax)
+    dh, dh_t = _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, fast, amax)
+    assert dh is not None and dh_t is not None
+    return dh, dh_t

@@ -22,6 +22,7 @@ from nvfp8.recipe import recipe
 
 DELAYED = recipe("delayed")
 WHOLE = te(DELAYED, te_head=True)  # logits
+SHORT = StateFormats("e4m3", "e4m3", "e4m3", "bf16+8")
 
 
 def setup(depth: int, rows: int, precision: Precision, window: str = "L", **more: object) -> Setup:
@@ -43,6 +44,10 @@ MEASURED = {
     "d24-te-chunked": ("8d89563", setup(24, 16, te(DELAYED)), 47.47),
     "d12-te-current": ("48cd68f", setup(12, 32, te(recipe("current"), te_head=True)), 27.52),
     "d12-te-blockwise": ("48cd68f", setup(12, 32, te(recipe("blockwise"), te_head=True)), 30.11),
+    "d12-fp8": ("4c4c891", setup(12, 32, fp8(DELAYED)), 13.47),
+    "d24-fp8": ("4c4c891", setup(24, 16, fp8(DELAYED)), 34.43),
+    "d24-fp8-e4m3": ("4c4c891", setup(24, 16, SHORT.stored_by(fp8(DELAYED), "cpu"), formats=SHORT), 29.06),
+    "d24-bf16-e4m3": ("ed64a6c", setup(24, 16, SHORT.stored_by(bf16(), "cpu"), formats=SHORT), 31.71),
     "d12-te-separate": ("48cd68f", setup(12, 32, te(DELAYED, layers="separate", te_head=True)), 29.57),
 }
 

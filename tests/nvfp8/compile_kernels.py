@@ -146,7 +146,8 @@ def compile_fp8(kernels: Any) -> None:
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
             a_t = torch.zeros(3072, 256, dtype=e4m3)
             for fast in (True, False):
-                kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax)
+                for rows, columns in ((True, True), (True, False), (False, True)):
+                    kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax, rows=rows, columns=columns)
                 kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, fast, amax)
 
 

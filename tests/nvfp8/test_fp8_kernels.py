@@ -377,12 +377,18 @@ def test_gemm(m: int, n: int, k: int, fast: bool, dtype: torch.dtype) -> None:
     if DEVICE == "cuda":
         exact = (0.25 * (x.double() @ w.double().t())).relu().square() * a_scale.double()
     _, a_t = compare("gemm_relu_squared", x, w, inverse, a_scale, E4M3, fast, exact=exact)
+    both, rows, columns = (
+        kernels.gemm_relu_squared(x, w, inverse, a_scale, E4M3, fast, None, rows=of[0], columns=of[1])
+        for of in ((1, 1), (1, 0), (0, 1))
+    )
+    assert (
+        rows[1] is columns[0] is None
+        and torch.equal(rows[0].float(), both[0].float())
+        and torch.equal(columns[1].float(), both[1].float())
+    )
     if exact is not None:
         exact = 0.25 * (dy.double() @ w_t.double().t()) * 2 * (a_t.double().t() / a_scale.double()).sqrt() * scale.double()
     compare("gemm_relu_squared_backward", dy, w_t, inverse, a_t, a_scale, scale, dtype, fast, exact=exact)
-
-
-# What is not finite
 
 
 def fp8_calls(bad: float, stream: torch.dtype) -> dict[str, Callable[[object, Tensor], object]]:
@@ -418,32 +424,3 @@ def test_what_is_not_finite_is_in_amax(bad: float, stream: torch.dtype) -> None:
 
 
 # The head's loss
-
-
-@pytest.mark.parametrize(("vocab", "padded", "m"), [(50, 64, 9), (300, 320, 150), (4096, 4096, 130)])
-@pytest.mark.parametrize("layouts", ["both", "rows", "columns", "rows and over the logits", "columns and over the logits"])
-def test_cross_entropy(vocab: int, padded: int, m: int, layouts: str, dtype: torch.dtype, stream: torch.dtype) -> None:
-    logits, targets = 4 * random(m, padded, dtype=stream, seed=1), torch.randint(vocab, (m,), device=DEVICE)
-    targets[[0, 4, m - 1]] = torch.tensor([-1, vocab - 1, 0], device=DEVICE)
-    scale = scalar(2.0**15 if dtype == E5M2 else 256.0)
-    factor = scalar(0.125) if "over" in layouts else None
-    results = []
-    for function in (kernels.softcap_cross_entropy_quantize, reference.softcap_cross_entropy_quantize):
-        q = torch.zeros(m, padded, device=DEVICE).to(dtype) if layouts.startswith(("both", "rows")) else None
-        # A part of longer rows, of which what is beside it must stay.
-        longer = torch.full((padded, m + 39), 3.0, device=DEVICE).to(dtype)
-        q_t = longer[:, 16 : 16 + m] if layouts.startswith(("both", "columns")) else None
-        given = logits.clone()
-        losses = function(given, targets, vocab, 15.0, scale, factor, q, q_t)
-        assert (longer[:, :16].float() == 3).all() and (longer[:, 16 + m :].float() == 3).all()
-        results.append((losses, given, q, None if q_t is None else q_t.contiguous()))
-    assert_same(*results)
-    assert factor is not None or torch.equal(results[0][1], logits)
-    exact = logits.double()
-    losses = reference.softcap_cross_entropy_(exact, targets, vocab, 15.0, scalar(1.0).double())
-    assert error(results[0][0], losses) < 2e-6
-    for found, true in ((results[0][2], exact), (results[0][3], exact.t())):
-        if found is not None:
-            assert_codes(found, codes(true, scale, dtype).contiguous())
-            found = found if found.shape == exact.shape else found.t()
-            assert (found[0].float() == 0).all() and (found[:, vocab:].float() == 0).all()

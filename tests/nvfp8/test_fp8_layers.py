@@ -290,11 +290,12 @@ def test_without_tma_casts_are_passes_behind_the_gemms(monkeypatch: pytest.Monke
     assert torch.allclose(amaxes[1], amaxes[3], rtol=2**-6)
 
 
+@pytest.mark.parametrize("emulated", WAYS)
 @pytest.mark.parametrize("name", ["delayed", "current"])
-def test_relu_squared_made_again_gives_the_same_gradients_and_is_not_kept(name: str) -> None:
+def test_relu_squared_made_again_gives_the_same_gradients_and_is_not_kept(name: str, emulated: bool) -> None:
     results, kept = [], []
     for recompute in (False, True):
-        precision = fp8(RECIPES[name], emulated=True, recompute=recompute)
+        precision = fp8(RECIPES[name], emulated=emulated, recompute=recompute)
         made, scaling = made_of(precision, table=True)
         given = inputs(DEVICE, torch.bfloat16)
         for _ in range(2):  # the second with a history
@@ -316,6 +317,15 @@ def test_relu_squared_made_again_gives_the_same_gradients_and_is_not_kept(name: 
     assert torch.equal(plain_amax, again_amax), "what was measured once is not measured again"
     assert all(torch.equal(again[key], plain[key]) for key in plain)
     assert kept[0] - kept[1] == HIDDEN * TOKENS - HIDDEN * WIDTH, "aᵀ is not kept, c_fc's copy in FP8 is"
+
+
+def test_what_is_not_fused_cannot_be_made_again() -> None:
+    precision = fp8(parse_recipe("delayed:bf16=mlp.c_proj:wgrad"), emulated=True, recompute=True)
+    made = nn.ModuleDict({"mlp": precision.at("mlp").mlp(WIDTH, HIDDEN)})
+    with pytest.raises(
+        ValueError, match="relu² is made again where an MLP is in FP8 as a whole: delayed leaves some of mlp in bf16"
+    ):
+        precision.scaling(made)
 
 
 def test_a_graph_that_somebody_holds_lets_the_steps_copies_of_weights_go() -> None:
