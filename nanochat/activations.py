@@ -238,8 +238,8 @@ def _own(precision: Precision, batch: MicroBatch, layer: int) -> Block:
 def _fp8(precision: FP8Precision, batch: MicroBatch, layer: int) -> Block:
     """Our own FP8 layers: the mixed stream, the MLP's input and aᵀ are kept, o is cast again; what is left in bf16 is not counted.
 
-    With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. With
-    scales by row or block one layout is cast after the other; emulated by way of three fp32 copies. Only scales by tensor were measured.
+    With a scale known beforehand (delayed) gradients leave their kernels in FP8; without, they are there in bf16 too. Scales by row
+    or block: one layout is cast after the other; emulated, by way of three fp32 copies. Only scales by tensor were measured.
     """
     scaling, x, one = precision.recipe.fprop.left.scaling, batch.x, fp8_bytes(precision.recipe)
     small = x * one / batch.itemsize
