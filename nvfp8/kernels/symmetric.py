@@ -12,7 +12,10 @@ whole lines, in parts of PART columns, since both wait in shared memory beside t
 A tile on the diagonal takes its lower half from its upper, so the result is exactly symmetric even where a·bᵀ is so only up to
 rounding. bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 
-Time on an H100 (torch 2.11, Triton 3.6, bf16) as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm`
+Programs make their descriptors themselves, 128 bytes each, so a launch is pointers and integers: described on the host, four or five
+to a launch, they made Python the slowest part of Muon at d12 (48 of 768 × 768: 2.64 ms of host beside 2.7 on the GPU; H100).
+
+Time on an H100, descriptors from the host (torch 2.11, Triton 3.6, bf16) as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm`
 where C is added; the tiles that are computed are 0.54 of all at 1536 rows and 0.58 at 768:
 
 | | A² | bA + cA² | XXᵀ | XᵀX, X tall |
@@ -31,16 +34,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nvfp8.kernels.fp8 import INTERPRETED, roomy
 
 
-@triton.jit
+# No number is specialized: n, sizes and strides are only what descriptors are made of, and one binary serves all shapes.
+@triton.jit(do_not_specialize=["MATRICES", "SIZE", "DEPTH", "A_MATRIX", "A_LINE", "B_MATRIX", "B_LINE"])
 def _symmetric_product(
-    A, B, C, OUT, OUT_T, MATRICES, SIZE, DEPTH, ALPHA, BETA, DIAGONAL,
+    A, B, C, OUT, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, B_MATRIX, B_LINE, ALPHA, BETA, DIAGONAL,
     A_COLUMNS: tl.constexpr, B_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    a_tiles = _operand(A, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, BLOCK, BK, A_COLUMNS)
+    if B is None:
+        b_tiles = a_tiles
+    else:
+        b_tiles = _operand(B, MATRICES, SIZE, DEPTH, B_MATRIX, B_LINE, BLOCK, BK, B_COLUMNS)
+    out = _square(OUT, MATRICES, SIZE, BLOCK, PART)
+    out_t = _square(OUT, MATRICES, SIZE, PART, BLOCK)
+    if C is not None:
+        c_tiles = _square(C, MATRICES, SIZE, BLOCK, BLOCK)
     blocks = tl.cdiv(SIZE, BLOCK)
     tiles = blocks * (blocks + 1) // 2
     for tile in range(tl.program_id(0), tiles * MATRICES, tl.num_programs(0)):
@@ -48,19 +60,37 @@ def _symmetric_product(
         m, n = _place(tile % tiles, BLOCK)
         total = tl.zeros((BLOCK, BLOCK), tl.float32)
         for k in range(0, DEPTH, BK):
-            a = _rows(A, matrix, m, k, BLOCK, BK, A_COLUMNS)
-            b = _rows(B, matrix, n, k, BLOCK, BK, B_COLUMNS)
+            a = _rows(a_tiles, matrix, m, k, BLOCK, BK, A_COLUMNS)
+            b = _rows(b_tiles, matrix, n, k, BLOCK, BK, B_COLUMNS)
             total = tl.dot(a, b.T, total, input_precision="ieee")
         total *= ALPHA
         if C is not None:
-            total += BETA * C.load([matrix, m, n]).reshape(BLOCK, BLOCK).to(tl.float32)
+            total += BETA * c_tiles.load([matrix, m, n]).reshape(BLOCK, BLOCK).to(tl.float32)
         i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
         total += tl.where((m == n) & (i == j), DIAGONAL, 0.0)
-        result = total.to(OUT.dtype)
+        result = total.to(OUT.dtype.element_ty)
         if m == n:
-            _store(tl.where(i <= j, result, result.T), OUT, None, matrix, m, n, BLOCK, BLOCK, PART)
+            _store(tl.where(i <= j, result, result.T), out, None, matrix, m, n, BLOCK, BLOCK, PART)
         else:
-            _store(result, OUT, OUT_T, matrix, m, n, BLOCK, BLOCK, PART)
+            _store(result, out, out_t, matrix, m, n, BLOCK, BLOCK, PART)
+
+
+@triton.jit
+def _operand(
+    X, MATRICES, SIZE, DEPTH, MATRIX, LINE, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """(MATRICES, SIZE, DEPTH) as it lies; MATRIX and LINE: elements from a matrix, and from a row or column, to the next."""
+    matrix, line = MATRIX.to(tl.int64), LINE.to(tl.int64)
+    if BY_COLUMNS:
+        return tl.make_tensor_descriptor(X, [MATRICES, DEPTH, SIZE], [matrix, line, 1], [1, COLUMNS, ROWS])
+    else:
+        return tl.make_tensor_descriptor(X, [MATRICES, SIZE, DEPTH], [matrix, line, 1], [1, ROWS, COLUMNS])
+
+
+@triton.jit
+def _square(X, MATRICES, SIZE, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    line = SIZE.to(tl.int64)
+    return tl.make_tensor_descriptor(X, [MATRICES, SIZE, SIZE], [line * line, line, 1], [1, ROWS, COLUMNS])
 
 
 @triton.jit
@@ -124,22 +154,31 @@ def symmetric_product_(
     assert out.is_contiguous() and (c is None or c.is_contiguous()), "symmetric_product_ works on contiguous results"
     assert a.dtype == b.dtype == out.dtype, "the operands and the result of a symmetric product have one dtype"
     options = dict(_tiles(out.dtype))
-    block, bk, part, per_sm = options["BLOCK"], options["BK"], options["PART"], options.pop("PER_SM")
+    block, bk, part, per_sm = (options.pop(name) for name in ("BLOCK", "BK", "PART", "PER_SM"))
+    assert out.data_ptr() % 16 == 0 and size * out.element_size() % 16 == 0, "the result's rows must be 16-byte aligned"
+    assert c is None or (c.dtype == out.dtype and c.shape == out.shape and c.data_ptr() % 16 == 0), "c is to be as the result is"
+    left, *left_strides, a_columns = _lines(a)
+    right, *right_strides, b_columns = (None, 0, 0, a_columns) if b is a else _lines(b)
     blocks = triton.cdiv(size, block)
     programs = min(n * blocks * (blocks + 1) // 2, per_sm * _multiprocessors(out.device))
-    described = TensorDescriptor.from_tensor  # costs the host as much as the rest of a launch: no more of them than it takes
-    left, a_columns = _operand(a, block, bk)
-    right, b_columns = (left, a_columns) if b is a else _operand(b, block, bk)
+    triton.set_allocator(_scratch)  # at each launch: it holds for one thread, and autograd's run optimizers, too
     with torch.cuda.device_of(out):  # Triton launches on the current one
         _symmetric_product[(programs,)](
-            left, right, None if c is None else described(c, [1, block, block]),
-            described(out, [1, block, part]), described(out, [1, part, block]), n, size, depth,
-            float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
+            left, right, c, out, n, size, depth, *left_strides, *right_strides, float(alpha), float(beta), float(diagonal),
+            A_COLUMNS=a_columns, B_COLUMNS=b_columns, BLOCK=block, BK=bk, PART=part, **options,
         )  # fmt: skip
 
 
-def _operand(x: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor, bool]:
-    """Describe x as it lies, and say whether that is by columns."""
-    if x.stride(-1) == 1:
-        return TensorDescriptor.from_tensor(x, [1, rows, columns]), False
-    return TensorDescriptor.from_tensor(x.mT, [1, columns, rows]), True
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Room for the descriptors of all programs; torch gives it to nobody else before the kernel, on this stream, is done."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _lines(x: Tensor) -> tuple[Tensor, int, int, bool]:
+    """X, the elements from a matrix and from a line to the next, and whether lines are columns."""
+    columns = x.stride(-1) != 1
+    line, lines_end = (x.stride(-1), x.stride(-2)) if columns else (x.stride(-2), x.stride(-1))
+    assert lines_end == 1, "rows or columns must be contiguous"
+    aligned = all(at % 16 == 0 for at in (x.data_ptr(), x.element_size() * line, x.element_size() * x.stride(0)))
+    assert aligned, "rows, or columns, and matrices must be 16-byte aligned"
+    return x, x.stride(0), line, columns

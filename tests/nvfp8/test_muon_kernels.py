@@ -4,6 +4,7 @@ In the interpreter what is stored is the twin's exactly: its arithmetic is the t
 casts. A GPU fuses multiplications and additions, so a value near the border of two codes may fall to the other side.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -305,6 +306,15 @@ def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bo
         # P and G are rounded, so P·G is symmetric up to that; what is below the diagonal is what is above it.
         truth = truth.triu() + truth.triu(1).mT
         assert (ours - truth).norm() <= 1.05 * (truth.to(dtype) - truth).norm()
+
+
+@pytest.mark.gpu
+def test_a_symmetric_product_of_any_thread_finds_room_for_its_descriptors() -> None:
+    """Autograd's threads run updates, too, and Triton's allocator is set for one thread."""
+    x, out = random(2, 64, 64, seed=1, dtype=torch.bfloat16), torch.empty(2, 64, 64, device="cuda", dtype=torch.bfloat16)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(kernels.symmetric_product_, x, x, out).result()
+    assert (out - x.double() @ x.double().mT).norm() <= 2**-8 * out.double().norm()
 
 
 @pytest.mark.parametrize("name", STATE_DTYPES)
