@@ -111,21 +111,25 @@ def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
     return dtype.itemsize * (2 * rows * columns + (4 if products == "gram" else 2) * short * short)
 
 
-def polar_express(x: Tensor, products: str) -> Tensor:
+def polar_express(x: Tensor, products: str, scale: Tensor | None = None) -> Tensor:
     """Return x (n, r, c), each of Frobenius norm at most 1, with all singular values brought near 1; overwrites x.
 
     Args:
         x: fp32 or bf16, computed in as it is; by "half" and "gram" bf16 becomes fp16.
         products: "full", "half" or "gram".
+        scale: (n, r, 1) fp32, by which the rows of x are multiplied first; with it the norm is at most 1. "half" and "gram" round
+            only once by it, on the way to fp16.
 
     Returns:
         (n, r, c) in the dtype computed in.
     """
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"full": _full, "half": _half, "gram": _gram}
-    return ways[products](x)
+    ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"full": _full, "half": _half, "gram": _gram}
+    return ways[products](x, scale)
 
 
-def _full(x: Tensor) -> Tensor:
+def _full(x: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        ops(x).scale_rows_(x, scale, 1.0, x)
     tall, other, (gram, poly) = x.size(-2) > x.size(-1), torch.empty_like(x), _squares(x, 2)
     for a, b, c in POLAR_EXPRESS:
         torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
@@ -135,9 +139,9 @@ def _full(x: Tensor) -> Tensor:
     return x
 
 
-def _half(x: Tensor) -> Tensor:
+def _half(x: Tensor, scale: Tensor | None) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
-    x, other = _lifted(x)
+    x, other = _lifted(x, scale)
     g, p = _squares(x, 2)
     for a, b, c in POLAR_EXPRESS:
         rows = x.mT if tall else x
@@ -148,9 +152,9 @@ def _half(x: Tensor) -> Tensor:
     return x
 
 
-def _gram(x: Tensor) -> Tensor:
+def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
-    x, other = _lifted(x)
+    x, other = _lifted(x, scale)
     g, p, q, spare = _squares(x, 4)
     for start, end in zip((0, *RESTARTS), (*RESTARTS, len(POLAR_EXPRESS)), strict=True):
         steps, rows = POLAR_EXPRESS[start:end], x.mT if tall else x
@@ -170,10 +174,11 @@ def _gram(x: Tensor) -> Tensor:
     return x
 
 
-def _lifted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """LIFT · x, in fp16 where x is bf16, and x's own memory as room for another."""
+def _lifted(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """LIFT · x with its rows scaled, in fp16 where x is bf16, and x's own memory as room for another."""
     dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
-    return torch.mul(x, LIFT, out=torch.empty_like(x, dtype=dtype)), x.view(dtype)
+    lifted: Tensor = ops(x).scale_rows_(x, scale, LIFT, torch.empty_like(x, dtype=dtype))
+    return lifted, x.view(dtype)
 
 
 def _squares(x: Tensor, count: int) -> list[Tensor]:

@@ -30,8 +30,11 @@ from nvfp8.reference_math import QK_SCALE as QK_SCALE
 from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, softcap_loss, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
+from nvfp8.reference_optim import equilibrating_scale as equilibrating_scale
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
+from nvfp8.reference_optim import normuon_scale as normuon_scale
+from nvfp8.reference_optim import scale_rows_ as scale_rows_
 from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
 
 

@@ -106,6 +106,65 @@ def muon_nesterov_(
         out.copy_(g + mu * (m - g))
 
 
+def equilibrating_scale(x: Tensor) -> Tensor:
+    """What brings the rows of a matrix to equal norm, and the whole to norm 1/1.01 (arXiv 2603.28254).
+
+    Args:
+        x: (n, r, c).
+
+    Returns:
+        (n, r, 1) fp32.
+    """
+    row_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (n, r, 1)
+    unit = 1 / row_norm.clamp_min(1e-6)
+    rms = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / math.sqrt(x.size(-2))  # (n, 1, 1)
+    norm = rms * torch.linalg.vector_norm(row_norm * unit, dim=-2, keepdim=True)  # of the scaled matrix
+    scale: Tensor = rms * unit / (1.01 * norm + 1e-6)
+    return scale
+
+
+def scale_rows_(x: Tensor, scale: Tensor | None, factor: float, out: Tensor) -> Tensor:
+    """Write factor · x, each row times its scale, into another dtype, rounded once.
+
+    Args:
+        x: (n, r, c).
+        scale: (n, r, 1) fp32, or None for ones.
+        factor: of all.
+        out: (n, r, c); written. May be x.
+
+    Returns:
+        `out`.
+    """
+    value = _wide(x) * factor
+    return out.copy_(value if scale is None else value * scale)
+
+
+def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """What x is to be multiplied by: each row or column over the root of an average mean square, the norm √min(r, c).
+
+    NorMuon (arXiv 2510.05491) keeps the norm, which before is set to √min(r, c) (arXiv 2602.21545). Both need no more of x than
+    sums of squares over one axis.
+
+    Args:
+        x: (n, r, c), as Polar Express left it.
+        second_moment: (n, r, 1) or (n, 1, c) fp32, an EMA of mean squares; updated.
+        beta2: of the EMA.
+
+    Returns:
+        fp32, of second_moment's shape.
+    """
+    axis = -1 if second_moment.size(-1) == 1 else -2
+    square = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).square()
+    to_norm = math.sqrt(min(x.shape[-2:])) / square.sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
+    square = square * to_norm.square()
+    second_moment.lerp_(square / x.size(axis), 1 - beta2)
+    root = second_moment.clamp_min(1e-10).rsqrt()
+    before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    after = (square * root.square()).sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-10)
+    scale: Tensor = to_norm * root * (before / after)
+    return scale
+
+
 def muon_descend_(
     weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
     keys: Sequence[int] | None = None,

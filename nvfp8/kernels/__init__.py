@@ -8,6 +8,7 @@ from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
+from nvfp8.kernels.muon_norms import equilibrating_scale, normuon_scale, scale_rows_
 from nvfp8.kernels.norm import (
     add_norm_forward,
     mix_backward,
@@ -34,6 +35,7 @@ __all__ = [
     "add_norm_quantize",
     "add_rows_",
     "amax_",
+    "equilibrating_scale",
     "gemm_relu_squared",
     "gemm_relu_squared_backward",
     "heads_backward",
@@ -50,6 +52,7 @@ __all__ = [
     "norm_backward_quantize",
     "norm_forward",
     "norm_quantize",
+    "normuon_scale",
     "quantize",
     "quantize_rows",
     "relu_squared_",
@@ -57,6 +60,7 @@ __all__ = [
     "relu_squared_backward_quantize",
     "relu_squared_quantize",
     "scale_",
+    "scale_rows_",
     "softcap_cross_entropy_",
     "softcap_cross_entropy_quantize",
     "symmetric_product_",

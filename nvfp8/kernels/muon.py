@@ -69,6 +69,19 @@ def _muon_nesterov(
         tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
 
 
+@triton.jit
+def of_rows(SCALE, ROWS, COLUMNS, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """The scale of the row that each of this program's elements stands in; WHOLE says that 128 divides COLUMNS."""
+    if WHOLE:  # 128 elements of one row at a time: one division and one load for all of them
+        EACH: tl.constexpr = BLOCK // rounding.BLOCK
+        first = (tl.program_id(0) * EACH + tl.arange(0, EACH)) * rounding.BLOCK
+        scale = tl.load(SCALE + first // COLUMNS, first < ROWS * COLUMNS, 0.0)
+        return tl.reshape(tl.broadcast_to(scale[:, None], (EACH, rounding.BLOCK)), (BLOCK,))
+    else:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        return tl.load(SCALE + at // COLUMNS, at < ROWS * COLUMNS, 0.0)
+
+
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_descend(
     WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
@@ -80,13 +93,8 @@ def _muon_descend(
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
     weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
-    if BY_ROW and WHOLE:  # 128 elements of one row at a time: one division and one load for all of them
-        EACH: tl.constexpr = BLOCK // rounding.BLOCK
-        first = (tl.program_id(0) * EACH + tl.arange(0, EACH)) * rounding.BLOCK
-        scale = tl.load(SCALE + matrix * ROWS + first // COLUMNS, first < ROWS * COLUMNS, 0.0)
-        scale = tl.reshape(tl.broadcast_to(scale[:, None], (EACH, rounding.BLOCK)), (BLOCK,))
-    elif BY_ROW:
-        scale = tl.load(SCALE + matrix * ROWS + at // COLUMNS, mask, 0.0)
+    if BY_ROW:
+        scale = of_rows(SCALE + matrix * ROWS, ROWS, COLUMNS, WHOLE, BLOCK)
     else:
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
     u = tl.load(X + start + at, mask, 0.0).to(tl.float32) * scale
@@ -125,11 +133,13 @@ def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tenso
     return table.to(first.device, non_blocking=True), all(address % 16 == 0 for address in addresses)
 
 
-def _on_one_device(x: Tensor, *others: Tensor | None) -> None:
+def on_one_device(x: Tensor, *others: Tensor | None) -> None:
+    """Refuse what a launch could not reach."""
     assert all(other is None or other.device == x.device for other in others), "what a launch is given lies on one device"
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def grid(x: Tensor) -> tuple[int, int]:
+    """Programs for each matrix, and matrices."""
     n, r, c = x.shape
     assert r * c <= 2**31 - BLOCK, "inside a matrix, kernels count in int32"
     return triton.cdiv(r * c, BLOCK), n
@@ -142,7 +152,7 @@ def muon_nesterov_(
     """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
     n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
-    _on_one_device(x, *gradients, momentum, scales)
+    on_one_device(x, *gradients, momentum, scales)
     assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
     drawn = momentum.dtype != torch.float32
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
@@ -153,7 +163,7 @@ def muon_nesterov_(
     table, aligned = _table(gradients, keys if drawn else None)
     kind = tl.float32 if dtype == torch.float32 else tl.bfloat16
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        _muon_nesterov[_grid(x)](
+        _muon_nesterov[grid(x)](
             table, momentum, scales, x, r, c, float(take), float(mu), kind, aligned, rounding.FORMATS.get(momentum.dtype),
             BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
@@ -166,7 +176,7 @@ def muon_descend_(
     """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
     narrow = weights[0].dtype == torch.bfloat16
     assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
-    _on_one_device(x, *weights, kept, scale)
+    on_one_device(x, *weights, kept, scale)
     assert all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights), "weights must be contiguous, of one dtype"
     assert narrow or weights[0].dtype == torch.float32, "weights must be fp32 or bf16"
     assert narrow or kept is None, "an fp32 weight is whole"
@@ -176,7 +186,7 @@ def muon_descend_(
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     table, aligned = _table(weights, keys if drawn else None)
     with torch.cuda.device_of(x):
-        _muon_descend[_grid(x)](
+        _muon_descend[grid(x)](
             table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
             mastered, extra, BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

@@ -12,11 +12,11 @@ whole lines, in parts of PART columns, since both wait in shared memory beside t
 A tile on the diagonal takes its lower half from its upper, so the result is exactly symmetric even where a·bᵀ is so only up to
 rounding. bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 
-Programs make their descriptors themselves, 128 bytes each, so a launch is pointers and integers: described on the host, four or five
-to a launch, they made Python the slowest part of Muon at d12 (48 of 768 × 768: 2.64 ms of host beside 2.7 on the GPU; H100).
+Programs make their descriptors themselves, 128 bytes each, so a launch is pointers and integers. Made on the host, four or five a
+launch, they cost it some 0.24 ms, and Muon at d12 waited for Python (48 of 768 × 768: 2.64 ms there, 2.71 with the GPU; H100).
 
-Time on an H100, descriptors from the host (torch 2.11, Triton 3.6, bf16) as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm`
-where C is added; the tiles that are computed are 0.54 of all at 1536 rows and 0.58 at 768:
+Time on an H100 (torch 2.11, Triton 3.6, bf16, descriptors from the host) as a share of cuBLAS's for the full product, by
+`torch.bmm`, and `torch.baddbmm` where C is added; the tiles that are computed are 0.54 of all at 1536 rows and 0.58 at 768:
 
 | | A² | bA + cA² | XXᵀ | XᵀX, X tall |
 | --- | --- | --- | --- | --- |

@@ -46,32 +46,6 @@ from nvfp8.state import Master, Stored
 _MOMENTUM = 4  # what a key is for: a weight is rounded in a kernel of its own, by another one
 
 
-def _equilibrate_(x: Tensor) -> None:
-    """Scale the rows of each matrix of x (n, r, c) to equal norm and the whole to norm 1/1.01, in place."""
-    row_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (n, r, 1)
-    unit = 1 / row_norm.clamp_min(1e-6)
-    rms = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / math.sqrt(x.size(-2))  # (n, 1, 1)
-    norm = rms * torch.linalg.vector_norm(row_norm * unit, dim=-2, keepdim=True)  # of the scaled matrix
-    x.mul_(rms * unit / (1.01 * norm + 1e-6))
-
-
-def _normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """Update `second_moment` in place; return what x (n, r, c) is to be multiplied by, of second_moment's shape.
-
-    It holds the factor to norm √min(r, c) too. Both need no more of x than sums of squares over one axis.
-    """
-    axis = -1 if second_moment.size(-1) == 1 else -2
-    square = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).square()
-    to_norm = math.sqrt(min(x.shape[-2:])) / square.sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
-    square = square * to_norm.square()
-    second_moment.lerp_(square / x.size(axis), 1 - beta2)
-    root = second_moment.clamp_min(1e-10).rsqrt()
-    before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    after = (square * root.square()).sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-10)
-    scale: Tensor = to_norm * root * (before / after)
-    return scale
-
-
 @dataclass(frozen=True)
 class _Stack:
     """The matrices of one shape and dtype in one group, with their state in one buffer each, one slice a matrix."""
@@ -237,9 +211,8 @@ class Muon(StoredOptimizer):
         passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
         keys = None if momentum.dtype == torch.float32 else [self._key(p, _MOMENTUM) for p in params]
         passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
-        _equilibrate_(x)
-        x = polar_express(x, self._products(stack))
-        scale = _normuon_scale(x, stack.second_moment[part], group["beta2"])
+        x = polar_express(x, self._products(stack), passes.equilibrating_scale(x))
+        scale = passes.normuon_scale(x, stack.second_moment[part], group["beta2"])
         lr = float(group["lr"]) * math.sqrt(max(1, r / c))
         kept = None if stack.kept is None else stack.kept[part]
         keys = [self._key(p) for p in params] if params[0].dtype == torch.bfloat16 else None

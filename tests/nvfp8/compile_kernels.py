@@ -100,6 +100,15 @@ def call_everything() -> None:
             for beside in kept:
                 for computed in (torch.bfloat16, torch.float16):
                     kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
+            for computed in (torch.bfloat16, torch.float16):
+                kernels.normuon_scale(x.to(computed), scale, 0.9)
+            rows_scale = kernels.equilibrating_scale(x.bfloat16())
+            for given, factor, written in (
+                (rows_scale, 1.0, torch.bfloat16),
+                (rows_scale, 32.0, torch.float16),
+                (None, 32.0, torch.float16),
+            ):
+                kernels.scale_rows_(x.bfloat16(), given, factor, x.to(written))
         if dtype == torch.bfloat16:
             for computed in (torch.bfloat16, torch.float16):
                 x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)
