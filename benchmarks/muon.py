@@ -4,9 +4,9 @@
 
 One table. A batch is as large as Muon's default workspace lets it be, and its time is scaled to all matrices of that shape. Every
 way gets the same matrix of each of three spectra, and what it makes of it is held against fp64: `worst` is the largest deviation of
-a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. `host ms` is until the call returns: where it comes close to ms, the GPU waits for
-Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked with a star; it is to be the one with the fewest
-ms of those whose worst is no more than full's.
+a singular value, `error` is ‖X − X₆₄‖ / ‖X₆₄‖. `ms` is the GPU's alone: it finds all launches waiting. `host ms` is until the call
+returns: where it is the larger, the GPU waits for Python. Muon's own way (`fastest_products` in `nvfp8/polar_express.py`) is marked
+with a star; it is to be the one with the fewest ms of those whose worst is no more than full's.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from benchmarks.timing import gpu_milliseconds
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
@@ -26,7 +27,6 @@ from nvfp8.precision import bf16
 
 WAYS = ("full", "half", "gram")
 WORKSPACE = 2**29  # Muon's default
-WARM = 2  # calls before the measured ones
 
 
 def arguments() -> argparse.Namespace:
@@ -58,20 +58,17 @@ def flops(rows: int, columns: int, products: str) -> float:
 
 
 def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
-    """Medians of one call on a copy of x, which is not timed: on the GPU, and until it returns."""
-    times, host = [], []
-    for _ in range(WARM + repeats):
-        given = x.clone()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Medians of one call on a copy of x, which is not timed: of the GPU alone, and until the call returns."""
+    given: list[Tensor] = []
+    gpu = gpu_milliseconds(lambda: polar_express(given.pop(), products), repeats, lambda: given.append(x.clone()))
+    host = []
+    for _ in range(repeats):
+        copy = x.clone()
         torch.cuda.synchronize()
-        start.record()
         begun = time.perf_counter()
-        polar_express(given, products)
+        polar_express(copy, products)
         host.append(1e3 * (time.perf_counter() - begun))
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[WARM:]), statistics.median(host[WARM:])
+    return gpu, statistics.median(host)
 
 
 def spectra(rows: int, columns: int) -> Tensor:

@@ -11,18 +11,20 @@ Per matrix (r x c), the steps and where they come from:
 All matrices of one shape go through Polar Express (`nvfp8/polar_express.py`) as one batch, in chunks that keep the workspace
 bounded. On either side of it stands one kernel that takes a whole chunk in one launch, gradients and weights where they are,
 through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more a parameter, and a call for each
-matrix made the host the slowest part of a d12 step (docs/log.md). What lies between and is not a GEMM works on row sums.
+matrix made the host the slowest part of a d12 step (docs/log.md). What lies between and is not a GEMM works on sums of squares
+(`nvfp8/kernels/muon_norms.py`), and the rows are scaled while bf16 becomes the fp16 that Polar Express works in.
 
-Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace ("full" products):
+Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace:
     momentum + Nesterov + cast, one kernel            g 4, x 2, and the momentum twice
-    row norms; rows scaled                            2; 2 + 2                   6
-    Polar Express                                     5 (X copied into the GEMM's output) x 4, the rest is GEMM   20
+    sums of squares of rows; rows scaled              2; 2 + 2                   6
+    Polar Express, beside its GEMMs' operands         "full" 5 (X copied into the GEMM's output) x 4 = 20, "half" and "gram" none
     sums of squares for NorMuon                       2                          2
     descend, one kernel                               x 2, and the weight twice
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
     weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
-52 in all where all is fp32, 44 with an e4m3 momentum and bf16+8 weights. At d24 (680 M) that is 35 and 30 GB, 8.4 and 7.1 ms at
-4.2 TB/s, beside 39 ms of GEMMs (26.1 TFLOP). With bf16 gradients 2 bytes less.
+By "half" and "gram" 32 in all where all is fp32, 24 with an e4m3 momentum and bf16+8 weights, and 20 more by "full"; with bf16
+gradients 2 less. At d24 (680 M) 24 are 16.3 GB, 5.4 ms at the 3.0 TB/s that an H100 copies, beside 15.1 TFLOP of GEMMs ("half" for
+square matrices, "gram" for 1:4).
 
 What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as
 e4m3 with bf16+8, 0.65 GiB as e4m3 with bf16. The workspace is bounded by 0.5 GiB, a quarter of what an FP8 momentum saves there

@@ -202,6 +202,9 @@ def test_a_momentum_and_its_weight_are_rounded_by_different_bits(monkeypatch: py
     keys: list[list[int]] = []
 
     class Listening:
+        equilibrating_scale = staticmethod(reference.equilibrating_scale)
+        normuon_scale = staticmethod(reference.normuon_scale)
+
         @staticmethod
         def muon_nesterov_(*arguments: Any) -> None:
             keys.append(arguments[-1])
