@@ -122,13 +122,12 @@ def _store(result, OUT, OUT_T, matrix, m, n, ROWS: tl.constexpr, COLUMNS: tl.con
         _store(right, OUT, OUT_T, matrix, m, n + COLUMNS // 2, ROWS, COLUMNS // 2, PART)
 
 
-# BLOCK: rows and columns of a tile; BK: along k; PART: columns that are written at once; PER_SM: programs that run together on a
-# multiprocessor.
+# BLOCK: rows and columns of a tile; BK: along k; PART: columns that are written at once.
 TILES: dict[str, dict[str, int]] = {
-    "hopper": {"BLOCK": 128, "BK": 64, "PART": 32, "PER_SM": 2, "num_warps": 4, "num_stages": 3},
-    "other": {"BLOCK": 128, "BK": 32, "PART": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3},
-    "fp32": {"BLOCK": 64, "BK": 32, "PART": 64, "PER_SM": 1, "num_warps": 4, "num_stages": 2},
-    "interpreted": {"BLOCK": 32, "BK": 32, "PART": 16, "PER_SM": 1, "num_warps": 4, "num_stages": 2},
+    "hopper": {"BLOCK": 128, "BK": 64, "PART": 32, "num_warps": 4, "num_stages": 3},
+    "other": {"BLOCK": 128, "BK": 32, "PART": 64, "num_warps": 8, "num_stages": 3},
+    "fp32": {"BLOCK": 64, "BK": 32, "PART": 64, "num_warps": 4, "num_stages": 2},
+    "interpreted": {"BLOCK": 32, "BK": 32, "PART": 16, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -141,8 +140,11 @@ def _tiles(dtype: torch.dtype) -> dict[str, int]:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _together(device: torch.device) -> int:
+    """How many programs run at once: two of a Hopper tile's on a multiprocessor."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if roomy() else 1)
 
 
 def symmetric_product_(
@@ -150,22 +152,22 @@ def symmetric_product_(
 ) -> None:
     """See `nvfp8.reference.symmetric_product_`; all of one dtype, `out` and `c` contiguous, rows of whole 16 bytes (TMA)."""
     n, size, depth = a.shape
-    assert a.shape == b.shape and out.shape == (n, size, size), "a and b must be (n, m, k), out (n, m, m)"
-    assert out.is_contiguous() and (c is None or c.is_contiguous()), "symmetric_product_ works on contiguous results"
+    assert (b is a or b.shape == a.shape) and out.shape == (n, size, size), "a and b must be (n, m, k), out (n, m, m)"
     assert a.dtype == b.dtype == out.dtype, "the operands and the result of a symmetric product have one dtype"
-    options = dict(_tiles(out.dtype))
-    block, bk, part, per_sm = (options.pop(name) for name in ("BLOCK", "BK", "PART", "PER_SM"))
-    assert out.data_ptr() % 16 == 0 and size * out.element_size() % 16 == 0, "the result's rows must be 16-byte aligned"
-    assert c is None or (c.dtype == out.dtype and c.shape == out.shape and c.data_ptr() % 16 == 0), "c is to be as the result is"
-    left, *left_strides, a_columns = _lines(a)
-    right, *right_strides, b_columns = (None, 0, 0, a_columns) if b is a else _lines(b)
-    blocks = triton.cdiv(size, block)
-    programs = min(n * blocks * (blocks + 1) // 2, per_sm * _multiprocessors(out.device))
+    assert out.is_contiguous() and (c is None or c.is_contiguous()), "symmetric_product_ works on contiguous results"
+    assert c is None or (c.dtype == out.dtype and c.shape == out.shape), "c is to be as the result is"
+    for written in (out,) if c is None else (out, c):
+        _lines(written)
+    a_matrix, a_line, a_columns = _lines(a)
+    b_matrix, b_line, b_columns = (0, 0, a_columns) if b is a else _lines(b)
+    options = _tiles(out.dtype)
+    blocks = triton.cdiv(size, options["BLOCK"])
+    programs = min(n * blocks * (blocks + 1) // 2, _together(out.device))
     triton.set_allocator(_scratch)  # at each launch: it holds for one thread, and autograd's run optimizers, too
     with torch.cuda.device_of(out):  # Triton launches on the current one
         _symmetric_product[(programs,)](
-            left, right, c, out, n, size, depth, *left_strides, *right_strides, float(alpha), float(beta), float(diagonal),
-            A_COLUMNS=a_columns, B_COLUMNS=b_columns, BLOCK=block, BK=bk, PART=part, **options,
+            a, None if b is a else b, c, out, n, size, depth, a_matrix, a_line, b_matrix, b_line,
+            float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
         )  # fmt: skip
 
 
@@ -174,11 +176,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _lines(x: Tensor) -> tuple[Tensor, int, int, bool]:
-    """X, the elements from a matrix and from a line to the next, and whether lines are columns."""
-    columns = x.stride(-1) != 1
-    line, lines_end = (x.stride(-1), x.stride(-2)) if columns else (x.stride(-2), x.stride(-1))
-    assert lines_end == 1, "rows or columns must be contiguous"
-    aligned = all(at % 16 == 0 for at in (x.data_ptr(), x.element_size() * line, x.element_size() * x.stride(0)))
-    assert aligned, "rows, or columns, and matrices must be 16-byte aligned"
-    return x, x.stride(0), line, columns
+def _lines(x: Tensor) -> tuple[int, int, bool]:
+    """The elements from a matrix and from a line to the next, and whether lines are columns."""
+    matrix, row, column = x.stride()
+    columns = column != 1
+    line = column if columns else row
+    assert not columns or row == 1, "rows or columns must be contiguous"
+    assert (x.data_ptr() | (matrix | line) * x.element_size()) % 16 == 0, "lines and matrices must be 16-byte aligned"
+    return matrix, line, columns
