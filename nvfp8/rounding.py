@@ -9,6 +9,8 @@ FP8 alone spans 2^18 (E4M3) or 2^32 (E5M2) from its smallest to its largest numb
 largest magnitude over the format's, puts each block's range where its values are.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,18 @@ def mix(value: int) -> int:
 
 def key(seed: int, step: int, tensor: int, purpose: int) -> int:
     """The key of one tensor's rounding in one step, 31 bits, so that a kernel takes it as int32 whatever it is."""
-    result = 0
-    for part in (seed, step, tensor, purpose):
-        result = mix(result ^ mix(part + 0x9E3779B9))
-    return result & 0x7FFFFFFF
+    # A step asks for one or two keys of every tensor: two hashes are new in each, the rest is remembered.
+    return mix(mix(_begun(seed, step) ^ _spread(tensor)) ^ _spread(purpose)) & 0x7FFFFFFF
+
+
+@lru_cache(maxsize=64)
+def _begun(seed: int, step: int) -> int:
+    return mix(mix(_spread(seed)) ^ _spread(step))
+
+
+@lru_cache(maxsize=4096)
+def _spread(part: int) -> int:
+    return mix(part + 0x9E3779B9)
 
 
 def random_bits(index: Tensor, key: int) -> Tensor:
