@@ -22,10 +22,10 @@ from benchmarks.timing import gpu_milliseconds
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
-from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.polar_express import SMALL, fastest_products, polar_express, room
 from nvfp8.precision import bf16
 
-WAYS = ("full", "half", "gram")
+WAYS = ("full", "half", "gram")  # of matrices of some size
 WORKSPACE = 2**29  # Muon's default
 
 
@@ -51,10 +51,17 @@ def shapes(depth: int) -> Counter[tuple[int, int]]:
     return Counter((p.shape[0], p.shape[1]) for p in matrices)
 
 
+def ways(rows: int, columns: int) -> tuple[str, ...]:
+    """Those that a shape can go."""
+    if max(rows, columns) <= SMALL:
+        return "full", "small"
+    return WAYS if rows % 8 == columns % 8 == 0 else ("full",)  # TMA takes rows of whole 16 bytes
+
+
 def flops(rows: int, columns: int, products: str) -> float:
     """Of one matrix, as the table in `nvfp8/polar_express.py` counts them."""
     short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
-    return short**3 * {"full": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
+    return short**3 * {"full": 20 * k + 10, "small": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
 
 
 def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
@@ -105,7 +112,7 @@ def main() -> None:
             exact = polar_express(given.double(), "full")
             values = torch.linalg.svdvals(exact)
             chosen = fastest_products(rows, columns, torch.bfloat16, torch.cuda.get_device_capability())
-            for products in WAYS if rows % 8 == columns % 8 == 0 else ("full",):  # symmetric products take rows of whole 16 bytes
+            for products in ways(rows, columns):
                 matrix = room(rows, columns, torch.bfloat16, products)
                 batch = math.ceil(count / math.ceil(count / max(1, WORKSPACE // matrix)))
                 one, host = milliseconds(given[:1].expand(batch, -1, -1), products, args.repeats)

@@ -18,6 +18,8 @@ error falls 2.5 to 5 times.
 P = aI + bA + cA², which costs the kernel nothing, so X ← PX is a product and no sum: cuBLAS took 1.44 times as long where it added
 (24 of 1536 × 1536: 0.348 against 0.242 ms; H100, torch 2.11). In fp16: as fast as bf16, and it rounds to an eighth.
 
+**small**: one kernel makes all steps of a matrix of up to 32 × 32 (`nvfp8/kernels/polar_express.py`), in fp32.
+
 **gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
 so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
 largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out negative, P grows it
@@ -78,6 +80,7 @@ RESTARTS = (2, 3)  # steps of the Gram form after which X follows
 # diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024,
 # is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
 LIFT = 32.0
+SMALL = 32  # the longer side up to which a matrix is kept in registers for all of its steps
 SMALLEST = 768  # short side from which another way than "full" is taken: below it no symmetric product was measured
 
 
@@ -95,8 +98,11 @@ def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Ca
         capability: CUDA compute capability of the GPU; None on a CPU. The kernel is measured with wgmma alone.
 
     Returns:
-        "gram" or "half" for bf16, a short side of at least SMALLEST and sides that 8 divides (TMA), else "full".
+        On GPUs, for bf16: "small" for sides of at most SMALL, "gram" or "half" for a short side of at least SMALLEST and sides that
+        8 divides (TMA). Else "full".
     """
+    if dtype == torch.bfloat16 and capability is not None and max(rows, columns) <= SMALL:
+        return "small"
     if dtype != torch.bfloat16 or capability is None or missing("wgmma", capability) is not None:
         return "full"
     short, long = sorted((rows, columns))
@@ -116,14 +122,14 @@ def polar_express(x: Tensor, products: str, scale: Tensor | None = None) -> Tens
 
     Args:
         x: fp32 or bf16, computed in as it is; by "half" and "gram" bf16 becomes fp16.
-        products: "full", "half" or "gram".
+        products: "full", "half", "gram" or "small".
         scale: (n, r, 1) fp32, by which the rows of x are multiplied first; with it the norm is at most 1. "half" and "gram" round
             only once by it, on the way to fp16.
 
     Returns:
         (n, r, c) in the dtype computed in.
     """
-    ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"full": _full, "half": _half, "gram": _gram}
+    ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"full": _full, "half": _half, "gram": _gram, "small": _small}
     return ways[products](x, scale)
 
 
@@ -172,6 +178,11 @@ def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
         torch.baddbmm(other, *((x, q) if tall else (q, x)), beta=0, alpha=1 / lift, out=other)
         x, other, lift = other, x, 1.0
     return x
+
+
+def _small(x: Tensor, scale: Tensor | None) -> Tensor:
+    result: Tensor = ops(x).polar_express_(x, scale, tuple(factor for step in POLAR_EXPRESS for factor in step))
+    return result
 
 
 def _lifted(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -210,3 +210,21 @@ def symmetric_product_(
         value = value + beta * _wide(c)
     value.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     out.copy_(value.triu() + value.triu(1).mT)
+
+
+def polar_express_(x: Tensor, scale: Tensor | None, steps: tuple[float, ...]) -> Tensor:
+    """Polar Express in place, rounded only at its end: X ← aX + (bA + cA²)X with A = XXᵀ.
+
+    Args:
+        x: (n, r, c), each with its scale of norm at most 1; overwritten.
+        scale: (n, r, 1) fp32, by which the rows are multiplied first, or None.
+        steps: a, b, c of each step, one behind the other.
+
+    Returns:
+        `x`.
+    """
+    value = _wide(x) if scale is None else _wide(x) * scale
+    for a, b, c in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
+        gram = value @ value.mT
+        value = a * value + (b * gram + c * gram @ gram) @ value
+    return x.copy_(value)

@@ -24,6 +24,7 @@ from nvfp8.kernels.norm_fp8 import (
     norm_backward_quantize,
     norm_quantize,
 )
+from nvfp8.kernels.polar_express import polar_express_
 from nvfp8.kernels.quantize_fp8 import amax_, quantize, relu_squared_backward_quantize, relu_squared_quantize
 from nvfp8.kernels.quantize_rows_fp8 import quantize_rows
 from nvfp8.kernels.relu_squared import relu_squared_, relu_squared_backward_
@@ -53,6 +54,7 @@ __all__ = [
     "norm_forward",
     "norm_quantize",
     "normuon_scale",
+    "polar_express_",
     "quantize",
     "quantize_rows",
     "relu_squared_",

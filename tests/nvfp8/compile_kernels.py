@@ -102,6 +102,8 @@ def call_everything() -> None:
                     kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
             for computed in (torch.bfloat16, torch.float16):
                 kernels.normuon_scale(x.to(computed), scale, 0.9)
+                if rows == 24:
+                    kernels.polar_express_(x.to(computed), kernels.equilibrating_scale(x.to(computed)), (1.0,) * 15)
             rows_scale = kernels.equilibrating_scale(x.bfloat16())
             for given, factor, written in (
                 (rows_scale, 1.0, torch.bfloat16),

@@ -113,6 +113,23 @@ def test_polar_express_takes_rows_with_their_scale(way: str, monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize("shape", [(6, 6, 12), (3, 12, 12), (2, 32, 20), (2, 5, 32), (2, 1, 7)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_small_matrix_goes_all_steps_in_one_kernel(shape: tuple[int, int, int], scaled: bool) -> None:
+    n, r, c = shape
+    memory = torch.full((n + 2, r, c), 5.0, device=DEVICE)
+    x = memory[1:-1].copy_(random(*shape, seed=1))
+    scale = reference.equilibrating_scale(x) if scaled else None
+    if not scaled:
+        x /= 1.01 * x.norm(dim=(-2, -1), keepdim=True)
+    truth = products._small(x.double().cpu(), None if scale is None else scale.double().cpu())
+    steps = tuple(factor for step in products.POLAR_EXPRESS for factor in step)
+    assert kernels.polar_express_(x, scale, steps) is x
+    # fp32 rounds to 2^-24; the polynomials multiply small singular values, and what was rounded beside them, by 8, 4, 4, 3 and 2.
+    assert (x.cpu() - truth).norm() <= 2**-24 * 8 * 4 * 4 * 3 * 2 * truth.norm()
+    assert (memory[[0, -1]] == 5).all()
+
+
 def test_the_kernels_refuse_what_they_would_get_wrong() -> None:
     x = random(2, 8, 12, seed=1)
     with pytest.raises(AssertionError, match="a row has one scale"):

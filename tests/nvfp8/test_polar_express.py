@@ -20,7 +20,7 @@ def twins_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ops", lambda x: reference)
 
 
-@pytest.mark.parametrize("products", WAYS)
+@pytest.mark.parametrize("products", [*WAYS, "small"])
 def test_singular_values_come_near_one_and_vectors_stay(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     twins_only(monkeypatch)
     torch.manual_seed(2)
@@ -127,7 +127,9 @@ def test_no_more_memory_than_said(products: str, shape: tuple[int, int, int], mo
     [
         ((1536, 1536), torch.bfloat16, (9, 0), "half"), ((768, 1528), torch.bfloat16, (9, 0), "half"),
         ((1536, 6144), torch.bfloat16, (9, 0), "gram"), ((3072, 768), torch.bfloat16, (9, 0), "gram"),
-        ((6, 12), torch.bfloat16, (9, 0), "full"), ((760, 6144), torch.bfloat16, (9, 0), "full"),
+        ((6, 12), torch.bfloat16, (8, 0), "small"), ((32, 32), torch.bfloat16, (12, 0), "small"),
+        ((6, 12), torch.bfloat16, None, "full"), ((6, 12), torch.float32, (9, 0), "full"),
+        ((33, 8), torch.bfloat16, (9, 0), "full"), ((760, 6144), torch.bfloat16, (9, 0), "full"),
         ((772, 3072), torch.bfloat16, (9, 0), "full"), ((768, 3076), torch.bfloat16, (9, 0), "full"),
         ((1536, 1536), torch.float32, (9, 0), "full"), ((1536, 6144), torch.bfloat16, (8, 0), "full"),
         ((1536, 6144), torch.bfloat16, (12, 0), "full"), ((1536, 6144), torch.bfloat16, None, "full"),
