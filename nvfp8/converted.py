@@ -168,6 +168,7 @@ def cast(x: Tensor, site: Site, rows: bool, columns: bool) -> Quantized:
         q, t = kernels.quantize(x, scale, site.dtype, amax, rows=rows, columns=columns)
     else:
         kernels.amax_(x, amax)
+        site.measured = True
         scale = scale_of(amax, site.largest, torch.ones_like(amax))
         inverse = scale.reciprocal()
         q, t = kernels.quantize(x, scale, site.dtype, None, rows=rows, columns=columns)

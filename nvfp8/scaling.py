@@ -111,6 +111,7 @@ class Site:
         scale: 0-D fp32 view of the model's state; multiplies.
         inverse: 0-D fp32 view, 1 / scale.
         amax: 0-D fp32 view, raised by whoever casts.
+        measured: on the host, that a tensor was measured since `Scaling.enter` last looked; set by those who rely on it.
     """
 
     scale: Tensor
@@ -122,7 +123,7 @@ class Site:
         self.what, self.kind, self.width, self.emulated = what, kind, width, emulated
         self.dtype, self.delayed = DTYPES[operand.format], operand.scaling == "delayed"
         self.owner: Scaling | None = None
-        self.index = 0
+        self.index, self.measured = 0, False
 
     @property
     def largest(self) -> float:
@@ -258,15 +259,19 @@ class Scaling:
         """Enter the amaxes since the last time in the history, of this process alone; one that is not finite counts as 0, as none.
 
         For models whose training loop knows nothing of scales (`nvfp8/converted.py`): no collective, which in the middle of a
-        forward would need every rank to run the same layers, and no wait for the device but while a site has no history yet.
+        forward would need every rank to run the same layers. It waits for the device only where a site without a history was
+        measured, to learn whether it has one now: places that no tensor comes by (the gradient of a frozen first layer, an expert
+        nobody asks) are not waited for, and one that is first used late gets its history then.
         """
         if self.amax is None:
             return
         if self.delayed:
             latest = self.amax.nan_to_num(nan=0.0, posinf=0.0)
             self._renew(latest)
-            if not all(self.seen):
+            if any(site.measured and site.remembers and not self.seen[site.index] for site in self.sites):
                 self.seen = [before or amax > 0 for before, amax in zip(self.seen, latest.tolist(), strict=True)]
+            for site in self.sites:
+                site.measured = False
         self.amax.zero_()
 
     def _renew(self, latest: Tensor) -> None:

@@ -152,6 +152,29 @@ def test_layers_that_are_not_called_do_not_hold_up_the_others() -> None:
     assert history.tolist() == [[True, False, True], [False, True, True], [True, False, True]]
 
 
+def test_the_host_waits_for_the_first_amaxes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for places that no tensor comes by: a frozen first layer's gradient, a layer that is not called, both then used late."""
+    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)).to(DEVICE)
+    convert(model, emulate=True)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaling, waits, original = model[0].casts.shared.scaling, [], Tensor.tolist
+    for step in range(12):
+        x = batch(step).requires_grad_(step >= 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "tolist", lambda self: waits.append(step) or original(self))
+            hidden = model[1](model[0](x))
+        (model[2](hidden) if step >= 8 else hidden).square().sum().backward()
+        optimizer.step()
+        if step == 4:
+            assert [site.ready for site in model[0].casts.sites] == [True, False, False]
+    # At the first forward after: the inputs and the second layer's gradient, the first's gradient, and the third layer.
+    assert waits == [1, 6, 9]
+    for layer in model:
+        assert [site.ready for site in layer.casts.sites] == [True, False, True]
+    assert all(scaling.seen)
+
+
 def test_layers_on_two_devices_are_refused() -> None:
     model = network()
     model(batch(0))
