@@ -132,12 +132,15 @@ class Casts:
         shared.begin(weight.device)
 
     def weight(self, weight: Tensor, cached: bool, transposed: bool) -> Any:
-        """W (N, K), or Wᵀ (K, N), in FP8; both are made at once, and kept until W changes, where it may be `cached`."""
+        """W (N, K), or for backward Wᵀ (K, N), in FP8; both are made at once, and kept until W changes, where it may be `cached`."""
         w = weight.detach()
         if not cached:
             return self._cast_weight(w, not transposed, transposed)[transposed]
         cast_from = (_steps, weight._version, weight.data_ptr())
-        if self._copies is None or cast_from != self._cast_from:
+        # Backward reads what forward cast, whoever has stepped since: optimizers that step within backward, each for one parameter,
+        # would have all other weights cast again. A change of this one autograd itself refuses by the version.
+        compared = slice(1 if transposed else 0, None)
+        if self._copies is None or cast_from[compared] != self._cast_from[compared]:
             self._copies = None  # its memory is taken again
             self._copies, self._cast_from = self._cast_weight(w, True, True), cast_from
         return self._copies[transposed]

@@ -93,6 +93,32 @@ def test_weights_are_cast_once_a_step_whoever_updates_them(recipe: str, optimize
         model.zero_grad()
 
 
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "by hand"])
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_weights_are_cast_once_a_step_with_optimizers_in_backward(recipe: str, optimizer: str, weights_cast: list[Any]) -> None:
+    """One a parameter, which steps as soon as the gradient is there: the same numbers as one that steps behind backward."""
+    after, within = network(recipe), network(recipe)
+    update = OPTIMIZERS[optimizer](after.parameters(), 0.01)
+    for parameter in within.parameters():
+        own = OPTIMIZERS[optimizer](iter([parameter]), 0.01)
+
+        def step_alone(parameter: Tensor, own: Any = own) -> None:
+            own.step()
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(step_alone)
+    for step in range(3):
+        for model in (after, within):
+            weights_cast.clear()
+            model(batch(step)).square().sum().backward()
+            assert weights_cast == [model[0].casts, model[2].casts]
+        update.step()
+        after.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(after.parameters(), within.parameters(), strict=True))
+    shared = within[0].casts.shared
+    assert shared.turn == 2 and torch.equal(shared.scaling.history, after[0].casts.shared.scaling.history)
+
+
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_the_history_rolls_once_a_step(optimizer: str) -> None:
     """However many micro-batches a step has, its entry is the largest amax of all; the scale of the next step follows from it."""
