@@ -140,7 +140,9 @@ def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         name, colon, gemm = pattern.partition(":")
         if colon:
-            raise ValueError(f"{pattern!r}: convert leaves whole layers, not single GEMMs such as {gemm}: leave {name!r}, or nothing")
+            raise ValueError(
+                f"{pattern!r}: convert leaves whole layers, not single GEMMs such as {gemm}: leave {name!r} or nothing"
+            )
         if not any(covers(pattern, name) for name in names):
             some = ", ".join(name for name, module in model.named_modules() if isinstance(module, nn.Linear))[:200]
             raise ValueError(f"skip={pattern!r} is no part of this model, whose linear layers are {some}")
@@ -218,7 +220,8 @@ def scaling_state(model: nn.Module) -> dict[str, Tensor]:
     """Scales and amax histories of a converted model, to save beside its state_dict; empty for recipes without a history.
 
     Names are those that layers had when they were converted, whatever wraps the model now. Each rank has its own; any one's will
-    do for all.
+    do for all. To be saved between an optimizer's step and the next forward, whose amaxes are then in it; of micro-batches before a
+    step nothing is.
 
     Returns:
         For each layer `<name>.scale` (3,) and `<name>.amax_history` (amax_history_len, 3), fp32.
@@ -226,6 +229,9 @@ def scaling_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: nothing is converted, or parts of the model were, under the same names.
     """
+    for layer in model.modules():
+        if isinstance(layer, ConvertedLinear):  # a shard has another version than what is gathered
+            layer.casts.end(None if layer.sharded else layer.weight)
     state: dict[str, Tensor] = {}
     for shared in _scalings(model):
         part = shared.scaling.state()
@@ -243,3 +249,4 @@ def load_scaling_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for shared in _scalings(model):
         shared.scaling.load(state)
+        shared.begin_anew()

@@ -1,5 +1,6 @@
 """What changes from step to step without a hook in the loop: when weights are cast, when the history rolls, what is saved."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,12 +185,13 @@ def test_the_host_waits_for_the_first_amaxes_only(monkeypatch: pytest.MonkeyPatc
     convert(model, emulate=True)
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    scaling, waits, original = model[0].casts.shared.scaling, [], Tensor.tolist
+    scaling, original, copied, waits = model[0].casts.shared.scaling, Tensor.tolist, [], []
+    monkeypatch.setattr(Tensor, "tolist", lambda self: copied.append(self) or original(self))
     for step in range(12):
         x = batch(step).requires_grad_(step >= 5)
-        with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "tolist", lambda self: waits.append(step) or original(self))
-            hidden = model[1](model[0](x))
+        copied.clear()
+        hidden = model[1](model[0](x))
+        waits += [step] * len(copied)
         (model[2](hidden) if step >= 8 else hidden).square().sum().backward()
         optimizer.step()
         if step == 4:
@@ -210,24 +212,42 @@ def test_layers_on_two_devices_are_refused() -> None:
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
-        model(batch(step)).square().sum().backward()
+        (model(batch(step) * (1 + step)) / (1 + step)).square().sum().backward()  # each with a larger amax than those before
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
 
 
+@pytest.mark.parametrize("has_run", [False, True], ids=["fresh", "has run"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise"])
-def test_a_resumed_run_is_the_same_bit_for_bit(recipe: str) -> None:
+def test_a_resumed_run_is_the_same_bit_for_bit(recipe: str, optimizer: str, has_run: bool) -> None:
+    """The last step's amaxes, the largest so far, are in what is saved, though no forward has entered them yet."""
     whole, first, second = network(recipe), network(recipe), network(recipe)
-    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in (whole, first, second)]
-    train(whole, optimizers[0], range(6))
-    train(first, optimizers[1], range(3))
+    whole_update, first_update, second_update = (OPTIMIZERS[optimizer](it.parameters(), 1e-3) for it in (whole, first, second))
+    train(whole, whole_update, range(6))
+    train(first, first_update, range(3))
+    if has_run:
+        train(second, second_update, range(7, 9))
     saved = {name: tensor.clone() for name, tensor in scaling_state(first).items()}
     assert bool(saved) == (recipe == "delayed")
     second.load_state_dict(first.state_dict())
-    optimizers[2].load_state_dict(optimizers[1].state_dict())
+    if hasattr(first_update, "state_dict"):
+        second_update.load_state_dict(copy.deepcopy(first_update.state_dict()))
     load_scaling_state(nn.ModuleDict({"module": second}), saved)  # whatever wraps it
-    train(second, optimizers[2], range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+    for model, update in ((second, second_update), (first, first_update)):  # and to save changes nothing
+        train(model, update, range(3, 6))
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+        assert torch.equal(whole[0].casts.shared.scaling.history, model[0].casts.shared.scaling.history)
+
+
+def test_micro_batches_before_a_step_are_not_in_what_is_saved() -> None:
+    model = network()
+    train(model, torch.optim.SGD(model.parameters(), 1e-3), range(1))
+    whole = {name: value.clone() for name, value in scaling_state(model).items()}
+    assert model[0].casts.shared.turn == 1 and whole["0.amax_history"][0].all()
+    model(100 * batch(1)).sum().backward()
+    assert all(torch.equal(whole[name], value) for name, value in scaling_state(model).items())
+    assert model[0].casts.shared.turn == 1
 
 
 def test_a_state_of_another_model_is_refused() -> None:
