@@ -83,7 +83,7 @@ def test_a_table_for_people() -> None:
     assert (
         str(convert(model, emulate=True))
         == """\
-delayed, emulated: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2×e4m3 delayed; wgrad e5m2×e4m3 delayed
+delayed, emulated: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2×e4m3 delayed, fast accumulation; wgrad e5m2×e4m3 delayed
 layers.*.self_attn.in_proj_weight ×2  192×64  float32  MultiheadAttention, no nn.Linear
 layers.*.self_attn.out_proj ×2        64×64   float32  nn.MultiheadAttention reads its weight without calling it
 layers.*.linear1 ×2                   128×64  FP8
