@@ -253,8 +253,10 @@ class FP8Precision(Precision):
         return self._linear(in_features, out_features, normed=False)
 
     def _linear(self, in_features: int, out_features: int, normed: bool) -> FP8Linear | FineLinear:
-        sizes, numbers = (in_features, out_features), (self.recipe, self.matrix_dtype, self.emulated, self._in_bf16())
-        return FineLinear(*sizes, *numbers) if self._fine else FP8Linear(*sizes, *numbers, normed)
+        in_bf16 = self._in_bf16()
+        if self._fine:
+            return FineLinear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16)
+        return FP8Linear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16, normed)
 
     def norm_linear(self, *projections: Projection) -> JoinedProjections:
         """Residual mix, norm and projections in one GEMM."""
