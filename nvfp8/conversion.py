@@ -93,7 +93,7 @@ def convert(model: nn.Module, recipe: str | Recipe = "delayed", *, skip: str | S
     Args:
         model: any module; a layer that two modules share is one layer.
         recipe: "delayed", "current", "e4m3" or "rowwise", also with fields ("delayed:margin=1"), or a Recipe like these. Parts
-            that its `bf16` names are skipped.
+            that its `bf16` names are skipped, all three GEMMs of them.
         skip: dotted names of layers, or of parts of the model, to leave alone: "lm_head", "layers.0", "layers.*.mlp.down_proj".
         emulate: compute the same numbers in plain PyTorch, slowly, on any device. Nothing does so unasked.
 
@@ -101,8 +101,8 @@ def convert(model: nn.Module, recipe: str | Recipe = "delayed", *, skip: str | S
         What became FP8, and what did not and why.
 
     Raises:
-        ValueError: tied weights, no FP8 units, a recipe that these layers have not, a name to skip that the model has not, or no
-            layer to convert. Then the model is as it was.
+        ValueError: tied weights, no FP8 units, a recipe that these layers have not, a name to skip that the model has not or that
+            has a GEMM behind it, or no layer to convert. Then the model is as it was.
     """
     recipe = _supported(parse_recipe(recipe) if isinstance(recipe, str) else recipe)
     patterns = ((skip,) if isinstance(skip, str) else tuple(skip)) + recipe.bf16
@@ -138,6 +138,11 @@ def _supported(recipe: Recipe) -> Recipe:
 def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
+        name, colon, gemm = pattern.partition(":")
+        if colon:
+            raise ValueError(
+                f"{pattern!r}: convert leaves whole layers, not single GEMMs such as {gemm}: leave {name!r} or nothing"
+            )
         if not any(covers(pattern, name) for name in names):
             some = ", ".join(name for name, module in model.named_modules() if isinstance(module, nn.Linear))[:200]
             raise ValueError(f"skip={pattern!r} is no part of this model, whose linear layers are {some}")
@@ -215,7 +220,8 @@ def scaling_state(model: nn.Module) -> dict[str, Tensor]:
     """Scales and amax histories of a converted model, to save beside its state_dict; empty for recipes without a history.
 
     Names are those that layers had when they were converted, whatever wraps the model now. Each rank has its own; any one's will
-    do for all.
+    do for all. To be saved between an optimizer's step and the next forward, whose amaxes are then in it; of micro-batches before a
+    step nothing is.
 
     Returns:
         For each layer `<name>.scale` (3,) and `<name>.amax_history` (amax_history_len, 3), fp32.
@@ -223,6 +229,9 @@ def scaling_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: nothing is converted, or parts of the model were, under the same names.
     """
+    for layer in model.modules():
+        if isinstance(layer, ConvertedLinear):  # a shard has another version than what is gathered
+            layer.casts.end(None if layer.sharded else layer.weight)
     state: dict[str, Tensor] = {}
     for shared in _scalings(model):
         part = shared.scaling.state()
@@ -233,10 +242,11 @@ def scaling_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_scaling_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take over what `scaling_state` returned, of the same model in the same recipe.
+    """Take over what `scaling_state` returned, of the same model; in another recipe scales are made anew of its amaxes.
 
     Raises:
-        ValueError: it does not fit; the message names the layer.
+        ValueError: it is of other layers, or of another amax_history_len; the message names the layer.
     """
     for shared in _scalings(model):
         shared.scaling.load(state)
+        shared.begin_anew()

@@ -96,6 +96,10 @@ class Shared:
     def next_turn(self) -> None:
         """Enter the amaxes of the last step in the history."""
         self.scaling.enter()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """A turn begins with the next forward, whatever has changed since the last."""
         self.turn, self.device = self.turn + 1, None
 
 
@@ -122,22 +126,30 @@ class Casts:
 
     def begin(self, weight: Tensor) -> None:
         """Before a forward: in the first of a step the history rolls, once for all layers."""
-        shared = self.shared
-        assert shared is not None
-        # By hand, each layer sees its own weight change: only one that was there when the turn began ends it.
-        by_hand = weight._version != self._version and self._turn == shared.turn
-        if shared.device is not None and (shared.steps != _steps or by_hand):
-            shared.next_turn()
+        shared = self.end(weight)
         shared.steps, self._version, self._turn = _steps, weight._version, shared.turn
         shared.begin(weight.device)
 
+    def end(self, weight: Tensor | None) -> Shared:
+        """Enter the step's amaxes in the history if it is over: as optimizers say, and the layer's weight if it is given."""
+        shared = self.shared
+        assert shared is not None
+        # By hand, each layer sees its own weight change: only one that was there when the turn began ends it.
+        by_hand = weight is not None and weight._version != self._version and self._turn == shared.turn
+        if shared.device is not None and (shared.steps != _steps or by_hand):
+            shared.next_turn()
+        return shared
+
     def weight(self, weight: Tensor, cached: bool, transposed: bool) -> Any:
-        """W (N, K), or Wᵀ (K, N), in FP8; both are made at once, and kept until W changes, where it may be `cached`."""
+        """W (N, K), or for backward Wᵀ (K, N), in FP8; both are made at once and kept until W changes, where it may be `cached`."""
         w = weight.detach()
         if not cached:
             return self._cast_weight(w, not transposed, transposed)[transposed]
-        cast_from = (_steps, weight._version, weight.data_ptr())
-        if self._copies is None or cast_from != self._cast_from:
+        cast_from: tuple[int, ...] = (_steps, weight._version, weight.data_ptr())
+        # Backward reads what forward cast, whoever has stepped since: optimizers that step within backward, each for one parameter,
+        # would have all other weights cast again. A change of this one autograd itself refuses by the version.
+        compared = slice(1 if transposed else 0, None)
+        if self._copies is None or cast_from[compared] != self._cast_from[compared]:
             self._copies = None  # its memory is taken again
             self._copies, self._cast_from = self._cast_weight(w, True, True), cast_from
         return self._copies[transposed]
@@ -168,6 +180,7 @@ def cast(x: Tensor, site: Site, rows: bool, columns: bool) -> Quantized:
         q, t = kernels.quantize(x, scale, site.dtype, amax, rows=rows, columns=columns)
     else:
         kernels.amax_(x, amax)
+        site.measured = True
         scale = scale_of(amax, site.largest, torch.ones_like(amax))
         inverse = scale.reciprocal()
         q, t = kernels.quantize(x, scale, site.dtype, None, rows=rows, columns=columns)

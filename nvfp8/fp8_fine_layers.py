@@ -80,9 +80,10 @@ class _FineLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "FineProjection", *weights: Tensor) -> Tensor:
         recipe, flat, left = layer.recipe, x.flatten(0, -2), layer.in_bf16
-        ctx.layer, (w, ctx.w_t) = layer, layer.copies()
+        ctx.layer, (w, w_t) = layer, layer.copies()
         kept = (flat, None) if "wgrad" in left else cast(flat.t(), recipe.wgrad.right, layer.emulated)
-        ctx.save_for_backward(*kept, *(weights if "dgrad" in left else ()))
+        # Saved as tensors, not on ctx: an old graph somebody still holds must not keep an old step's copies.
+        ctx.save_for_backward(*kept, *((None, None, *weights) if w_t is None else w_t))
         if w is None:
             return F.linear(x, stacked(weights, x.dtype))
         out = product(cast(flat, recipe.fprop.left, layer.emulated), w, x.dtype, recipe.fprop.fast_accumulation, layer.emulated)
@@ -93,12 +94,13 @@ class _FineLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         layer: FineProjection = ctx.layer
         recipe, flat = layer.recipe, d_out.flatten(0, -2)
-        x, inverse, *weights = ctx.saved_tensors
+        x, inverse, w_t, w_inverse, *weights = ctx.saved_tensors
         dgrad, wgrad = recipe.dgrad, recipe.wgrad
-        if ctx.w_t is None:
+        if w_t is None:
             dx = flat @ stacked(weights, d_out.dtype)
         else:
-            dx = product(cast(flat, dgrad.left, layer.emulated), ctx.w_t, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
+            dy, w = cast(flat, dgrad.left, layer.emulated), FineFP8(w_t, w_inverse)
+            dx = product(dy, w, d_out.dtype, dgrad.fast_accumulation, layer.emulated)
         dtype = layer.layers[0].weight.dtype
         if inverse is None:
             dw = weight_gradient(flat, x, dtype)

@@ -44,11 +44,13 @@ class _Loss(torch.autograd.Function):
         if tokens % 16:  # they are what dW sums over
             x, targets = F.pad(x, (0, 0, 0, -tokens % 16)), F.pad(targets, (0, -tokens % 16), value=-1)
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        dx, dw = torch.empty_like(x) if needs_gradient else None, None
+        dx, dw, left, w = torch.empty_like(x) if needs_gradient else None, None, head.projections[0].in_bf16, weight.detach()
+        if "fprop" in left or ("dgrad" in left and needs_gradient):
+            w = w.to(x.dtype)
         for start in range(0, x.shape[0], rows := chunk_rows(weight.shape[0], torch.float8_e5m2)):
             chunk = slice(start, start + rows)
             out = None if dx is None else dx[chunk]
-            dw = head.chunk(x[chunk], weight.detach(), targets[chunk], losses[chunk], factor, out, dw)
+            dw = head.chunk(x[chunk], w, targets[chunk], losses[chunk], factor, out, dw)
         ctx.save_for_backward(None if dx is None else dx[:tokens], dw)
         ctx.used, ctx.weight_dtype = False, weight.dtype
         return losses.sum() * factor
@@ -86,7 +88,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
 
         Args:
             x: (R, D) bf16, R a multiple of 16.
-            weight: (V', D), of the parameter's dtype.
+            weight: (V', D), of x's dtype where a GEMM in bf16 reads it.
             targets: (R,) int64.
             losses: (R,) fp32, written.
             factor: 0-D fp32, gradient of every valid token's loss.
@@ -97,7 +99,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             dw, or None where no gradient is wanted.
         """
         projection, w = self.projections[0], self.projections[0].weight()
-        site, cast, recipe = projection.x, weight.to(x.dtype), projection.recipe
+        site, recipe = projection.x, projection.recipe
         in_fp8 = {gemm: gemm not in projection.in_bf16 for gemm in GEMMS}
         kernels = site.kernels(x)
         x_q, x_t = kernels.quantize(
@@ -108,7 +110,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
         q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device) if in_fp8["wgrad"] and dx is not None else None
         for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // 4):
             part = slice(start, start + rows)
-            logits = x[part] @ cast.t() if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
+            logits = x[part] @ weight.t() if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
             if q is None and q_t is None:
                 of_bf16 = None if dx is None else factor
                 losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
@@ -118,7 +120,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
                     None if q is None else q[part], None if q_t is None else q_t[:, part],
                 )  # fmt: skip
             if dx is not None and q is None:
-                torch.mm(logits, cast, out=dx[part])
+                torch.mm(logits, weight, out=dx[part])
             if dx is not None and q_t is None:
                 dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
                 add_matmul_(dw, logits.t(), x[part])

@@ -103,11 +103,15 @@ class FP8Linear(Linear):
     """x·Wᵀ without bias; the input is kept in bf16 and cast twice, because attention keeps it in bf16 anyway."""
 
     def __init__(
-        self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: frozenset[str]
-    ):
-        """Allocate the weight (out_features, in_features), both multiples of 16; `in_bf16`, of GEMMS, stay in bf16."""
+        self, in_features: int, out_features: int, recipe: Recipe, dtype: torch.dtype, emulated: bool, in_bf16: frozenset[str],
+        normed: bool = False,
+    ):  # fmt: skip
+        """Allocate the weight (out_features, in_features), both multiples of 16.
+
+        `in_bf16`, of GEMMS, stay in bf16; where the input is `normed`, by RMSNorm, its scale is known.
+        """
         super().__init__(in_features, out_features, dtype)
-        self.projections = _projections((self,), recipe, emulated, in_bf16)
+        self.projections = _projections((self,), recipe, emulated, in_bf16, normed)
         self.joined = False
 
     def forward(self, x: Tensor) -> Tensor:

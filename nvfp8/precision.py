@@ -250,8 +250,13 @@ class FP8Precision(Precision):
 
     def linear(self, in_features: int, out_features: int) -> FP8Linear | FineLinear:
         """A projection in FP8."""
-        made = FineLinear if self._fine else FP8Linear
-        return made(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, self._in_bf16())
+        return self._linear(in_features, out_features, normed=False)
+
+    def _linear(self, in_features: int, out_features: int, normed: bool) -> FP8Linear | FineLinear:
+        in_bf16 = self._in_bf16()
+        if self._fine:
+            return FineLinear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16)
+        return FP8Linear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16, normed)
 
     def norm_linear(self, *projections: Projection) -> JoinedProjections:
         """Residual mix, norm and projections in one GEMM."""
@@ -261,7 +266,7 @@ class FP8Precision(Precision):
 
     def mlp(self, width: int, hidden: int) -> MLP:
         """The MLP; with one scale a tensor relu² is inside its GEMMs."""
-        c_fc, c_proj = self.at("c_fc").linear(width, hidden), self.at("c_proj").linear(hidden, width)
+        c_fc, c_proj = self.at("c_fc")._linear(width, hidden, normed=True), self.at("c_proj").linear(hidden, width)
         if isinstance(c_fc, FineLinear) and isinstance(c_proj, FineLinear):
             return FineMLP(c_fc, c_proj)
         assert isinstance(c_fc, FP8Linear) and isinstance(c_proj, FP8Linear)

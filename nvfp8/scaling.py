@@ -111,6 +111,7 @@ class Site:
         scale: 0-D fp32 view of the model's state; multiplies.
         inverse: 0-D fp32 view, 1 / scale.
         amax: 0-D fp32 view, raised by whoever casts.
+        measured: on the host, that a tensor was measured since `Scaling.enter` last looked; set by those who rely on it.
     """
 
     scale: Tensor
@@ -122,7 +123,7 @@ class Site:
         self.what, self.kind, self.width, self.emulated = what, kind, width, emulated
         self.dtype, self.delayed = DTYPES[operand.format], operand.scaling == "delayed"
         self.owner: Scaling | None = None
-        self.index = 0
+        self.index, self.measured = 0, False
 
     @property
     def largest(self) -> float:
@@ -204,6 +205,8 @@ class Scaling:
         # On the CPU until a tensor is cast, whatever device a model is being made on.
         self.scale = torch.tensor([site.first or 1.0 for site in self.sites], device="cpu")
         self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites), device="cpu")
+        self._largest = torch.tensor([site.largest * 2.0**-recipe.margin for site in self.sites], device="cpu")
+        self._renewed = torch.tensor([site.remembers for site in self.sites], dtype=torch.bool, device="cpu")
         self._loss_scale: float | None = None
 
     def begin(self, device: torch.device, loss_scale: float) -> None:
@@ -224,9 +227,7 @@ class Scaling:
         # New tensors: views of the former must not change under a graph that still has them.
         self.history, self.scale = self.history.to(device, copy=True), _spaced(self.scale.to(device))
         self.inverse = _spaced(self.scale.reciprocal())
-        margin = 2.0**-self.recipe.margin
-        self._largest = torch.tensor([site.largest * margin for site in self.sites], device=device)
-        self._renewed = torch.tensor([site.remembers for site in self.sites], device=device)
+        self._largest, self._renewed = self._largest.to(device), self._renewed.to(device)
         for index, site in enumerate(self.sites):
             site.amax, site.scale, site.inverse = self.amax[index], self.scale[index], self.inverse[index]
 
@@ -258,15 +259,19 @@ class Scaling:
         """Enter the amaxes since the last time in the history, of this process alone; one that is not finite counts as 0, as none.
 
         For models whose training loop knows nothing of scales (`nvfp8/converted.py`): no collective, which in the middle of a
-        forward would need every rank to run the same layers, and no wait for the device but while a site has no history yet.
+        forward would need every rank to run the same layers. It waits for the device only where a site without a history was
+        measured, to learn whether it has one now: places that no tensor comes by (the gradient of a frozen first layer, an expert
+        nobody asks) are not waited for, and one that is first used late gets its history then.
         """
         if self.amax is None:
             return
         if self.delayed:
             latest = self.amax.nan_to_num(nan=0.0, posinf=0.0)
             self._renew(latest)
-            if not all(self.seen):
+            if any(site.measured and site.remembers and not self.seen[site.index] for site in self.sites):
                 self.seen = [before or amax > 0 for before, amax in zip(self.seen, latest.tolist(), strict=True)]
+            for site in self.sites:
+                site.measured = False
         self.amax.zero_()
 
     def _renew(self, latest: Tensor) -> None:
@@ -298,12 +303,15 @@ class Scaling:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned elsewhere; without a history of its own, and from other precisions', do nothing.
 
+        Amaxes are taken over, and scales made of them as this recipe says: another one, with other formats or another margin, has
+        made others. In the same recipe they come out as they were, bit for bit.
+
         Raises:
             ValueError: it is of a model with other layers, or of another amax_history_len; the message says which.
         """
         if not self.delayed or not any(key.endswith(".amax_history") for key in saved):
             return
-        scale, history = self.scale.clone(), self.history.clone()
+        was, history = torch.zeros_like(self.scale), torch.zeros_like(self.history)
         for layer, part in self.layers.items():
             shapes = {"scale": (part.stop - part.start,), "amax_history": (len(history), part.stop - part.start)}
             for what, shape in shapes.items():
@@ -311,9 +319,17 @@ class Scaling:
                 if found is None or found.shape != shape:
                     is_now = "is missing" if found is None else f"is {tuple(found.shape)}"
                     raise ValueError(f"the scaling state of {layer}: {what} {is_now}, {shape} is needed (amaxes remembered, casts)")
-            scale[part], history[:, part] = saved[f"{layer}.scale"], saved[f"{layer}.amax_history"]
-        self.seen = (scale > 0).tolist()
-        self.scale, self.history, self._loss_scale = torch.where(scale > 0, scale, self.scale), history, None
+            was[part], history[:, part] = saved[f"{layer}.scale"], saved[f"{layer}.amax_history"]
+        seen, known, scale = (was > 0) & self._renewed, history.amax(0) > 0, was
+        # The newest that is not 0 counts, as it did when it came.
+        for amax in history.flip(0) if self.recipe.amax_compute_algo == "most_recent" else history.amax(0, keepdim=True):
+            scale = scale_of(amax, self._largest, scale)
+        # Where a whole history is zeros, a scale of the steps before is left, which only the recipe that made it can use; it was
+        # another one if any scale does not follow from its amaxes.
+        if bool((seen & known & (scale != was)).any()):
+            seen = seen & known
+        self.seen = seen.tolist()
+        self.scale, self.history, self._loss_scale = torch.where(seen, scale, self.scale), history, None
         if self.amax is not None:
             self._allocate(self.amax.device)
 

@@ -16,6 +16,7 @@ from nanochat.memory import GIB, Counted, Setup, largest_batch, predict
 from nanochat.metrics import Metrics
 from nanochat.state_formats import StateFormats
 from nanochat.train_config import TrainConfig
+from nvfp8.fp8_fine_layers import FineProjection
 from nvfp8.precision import Precision, bf16, fp8, fp32, te
 from nvfp8.quantize import Projection
 from nvfp8.recipe import recipe
@@ -180,7 +181,10 @@ def test_own_layers_keep_what_autograd_says_they_keep(precision: Precision) -> N
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision.autocast(1e-3):
         x = model._stream(ids, None)
     parts = [part for module in model.modules() for part in getattr(module, "projections", ())]
-    for copy in (copy for part in parts if isinstance(part, Projection) for copy in part.weight()):
+    copies = [copy for part in parts if isinstance(part, Projection) for copy in part.weight()]
+    fine = [part for module in model.modules() if isinstance(part := getattr(module, "projection", None), FineProjection)]
+    copies += [tensor for part in fine for copy in part.copies() if copy is not None for tensor in copy]
+    for copy in copies:
         saved.pop(copy.untyped_storage().data_ptr(), None)  # there once a step, whatever a graph keeps
     batch = MicroBatch(config, 4, precision.compute_dtype.itemsize, "sdpa", False)
     blocks = [block(precision, batch, layer) for layer in range(4)]

@@ -83,7 +83,7 @@ def test_a_table_for_people() -> None:
     assert (
         str(convert(model, emulate=True))
         == """\
-delayed, emulated: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2×e4m3 delayed; wgrad e5m2×e4m3 delayed
+delayed, emulated: fprop e4m3×e4m3 delayed, fast accumulation; dgrad e5m2×e4m3 delayed, fast accumulation; wgrad e5m2×e4m3 delayed
 layers.*.self_attn.in_proj_weight ×2  192×64  float32  MultiheadAttention, no nn.Linear
 layers.*.self_attn.out_proj ×2        64×64   float32  nn.MultiheadAttention reads its weight without calling it
 layers.*.linear1 ×2                   128×64  FP8
@@ -124,6 +124,8 @@ def test_a_layer_that_two_modules_share_is_one_layer() -> None:
     ({"recipe": Recipe("bf16", *[Gemm(BF16, BF16)] * 3)}, "convert has"),
     ({"skip": "layers.9"}, r"skip='layers.9' is no part of this model, whose linear layers are layers.0.self_attn.out_proj"),
     ({"recipe": "delayed:bf16=head"}, "skip='head' is no part of this model"),
+    ({"recipe": "delayed:bf16=layers.0:wgrad"}, r"'layers.0:wgrad': convert leaves whole layers, not single GEMMs such as wgrad"),
+    ({"skip": "layers.0.linear1:dgrad"}, r"convert leaves whole layers, not single GEMMs such as dgrad: leave 'layers.0.linear1'"),
     ({"skip": "layers"}, r"no layer of this TransformerEncoder can be converted: layers.0.self_attn.in_proj_weight: Multihead"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(how: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """FP8 with a scale a row or a block: against fp64, cast once a step, bf16 outside, and what finer scales are for."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from one_block import TOKENS, block, decibels, gradients, inputs, least_db, run,
 from torch import Tensor
 
 from nvfp8 import fp8_fine_layers
-from nvfp8.fp8_fine_layers import FineFP8, cast, product
+from nvfp8.fp8_fine_layers import FineFP8, FineLinear, cast, product
 from nvfp8.precision import fp8
 from nvfp8.recipe import RECIPES, Operand, parse_recipe
 
@@ -116,6 +117,24 @@ def test_weights_are_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         with precision.autocast(1.0):
             layer(x).sum().backward()
         assert sum(shape in ((64, 32), (32, 64)) for shape in seen) == count
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "rowwise:bf16=*:wgrad"])
+def test_a_graph_that_somebody_holds_lets_the_steps_copies_of_weights_go(recipe: str) -> None:
+    precision = fp8(parse_recipe(recipe), emulated=True)
+    layer = precision.at("a").linear(512, 512).to(DEVICE)
+    assert isinstance(layer, FineLinear) and layer.projection is not None
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(128, 512, device=DEVICE, dtype=torch.bfloat16)
+    with precision.autocast(1.0):
+        out = layer(x)
+    out.sum().backward()
+    old = [weakref.ref(t) for copy in layer.projection.copies() if copy is not None for t in copy]
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    with precision.autocast(1.0):
+        layer(x).sum().backward()
+    assert out.grad_fn is not None and old and all(held() is None for held in old)
 
 
 def test_outside_autocast_and_by_name_it_is_bf16() -> None:

@@ -182,6 +182,34 @@ def test_the_weight_is_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None
     assert casts == [(PADDED, WIDTH)] * 2
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("in_bf16", SOME, ids=lambda some: "+".join(sorted(some)) or "none")
+def test_an_fp32_weight_becomes_bf16_once_and_only_for_gemms_that_read_it(in_bf16: frozenset[str], with_gradients: bool) -> None:
+    made = Made(600, "delayed:bf16=" + "+".join(f"lm_head:{gemm}" for gemm in sorted(in_bf16)))  # three chunks
+    same = made.head.weight.detach().float()
+    expected = made.loss()
+    expected.backward()
+    dx, dw, made.x.grad = made.x.grad, made.head.weight.grad, None
+    made.head.weight = nn.Parameter(same)
+    rounded = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal rounded
+            of_weight = function is torch.ops.aten._to_copy.default and arguments[0].data_ptr() == same.data_ptr()
+            result = function(*arguments, **(kwargs or {}))
+            rounded += of_weight and result.dtype == torch.bfloat16
+            return result
+
+    with Watch(), torch.set_grad_enabled(with_gradients):
+        loss = made.loss()
+    assert rounded == ("fprop" in in_bf16 or ("dgrad" in in_bf16 and with_gradients))
+    assert torch.equal(loss.detach(), expected.detach())
+    if with_gradients:
+        loss.backward()
+        assert torch.equal(made.x.grad, dx) and torch.equal(made.head.weight.grad.to(torch.bfloat16), dw)
+
+
 def test_what_is_not_finite_is_named() -> None:
     made = Made()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Single GEMMs of FP8 layers left in bf16: those are bf16's, bit for bit, the others FP8's, and what is read arrives unrounded."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -139,6 +140,21 @@ def test_mlp(name: str, left: str, expected: list[bool]) -> None:
         return F.linear(F.linear(norm(x), w_fc).relu().square(), w_proj)
 
     assert in_full_precision(precision, layer, ours, exact, [x]) == expected
+
+
+@pytest.mark.parametrize("left", ["mlp.c_fc:wgrad", "mlp.c_proj:wgrad", "mlp.c_fc:dgrad", "mlp.c_proj"])
+def test_what_is_left_of_an_mlp_does_not_change_how_the_norms_output_is_scaled(left: str) -> None:
+    """It is at most √D by itself, fused or not: no history, nothing measured."""
+    for text in ("delayed", f"delayed:bf16={left}"):
+        precision = fp8(parse_recipe(text), emulated=True)
+        layer = filled(precision.at("mlp").mlp(512, 2048))
+        scaling = precision.scaling(layer)
+        for _ in range(2):
+            with precision.autocast(1.0):
+                layer(tensor(2, 64, 512, seed=10)).sum().backward()
+            (index,) = (index for index, name in enumerate(scaling.names) if name.startswith("the input of") and "c_fc" in name)
+            assert scaling.scale[index] == 448 / math.sqrt(512) and scaling.sites[index].ready
+            assert scaling.update() == []
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,51 @@ def test_state_goes_on_where_it_was() -> None:
         see(other, 1, amax, 1, amax, 2)
 
 
+def continued(scaling: Scaling, chosen: Recipe) -> Scaling:
+    other = scaling_of(chosen)
+    other.load({key: value.clone().cpu() for key, value in scaling.state().items()})
+    other.begin(DEVICE, 2.0**-18)
+    return other
+
+
+def test_another_recipe_makes_its_own_scales_of_the_amaxes() -> None:
+    """An E5M2 scale would bring a gradient to 57,344, where E4M3 ends at 448: all of it would saturate, and stay finite."""
+    scaling = begun(RECIPES["delayed"])
+    for amax in (3.0, 5.0, 0.75):
+        see(scaling, 1, amax, 1, amax / 1024, 2 * amax)
+    assert scaling.scale.tolist()[1:] == [pytest.approx(448 / 5), 1, pytest.approx(57344 * 1024 / 5), pytest.approx(44.8)]
+    in_e4m3 = continued(scaling, RECIPES["e4m3"])
+    assert in_e4m3.scale.tolist() == [56, pytest.approx(448 / 5), 1, pytest.approx(448 * 1024 / 5), pytest.approx(44.8)]
+    torch.testing.assert_close(in_e4m3.inverse * in_e4m3.scale, torch.ones(5, device=DEVICE))
+    assert [site.ready for site in in_e4m3.sites] == [True, True, False, True, True]
+    dy = torch.linspace(-5, 5, 1024, device=DEVICE).view(16, 64) / 1024
+    cast = quantize(dy, in_e4m3.sites[3], columns=False)
+    assert cast.q is not None and (cast.q.float() * cast.inverse - dy).norm() < 2**-5 * dy.norm()
+    back = continued(in_e4m3, RECIPES["delayed"])
+    assert torch.equal(back.scale, scaling.scale) and torch.equal(back.history, scaling.history)
+    with_margin = continued(scaling, recipe("delayed", margin=2))
+    assert torch.equal(with_margin.scale[[1, 3, 4]] * 4, scaling.scale[[1, 3, 4]])
+    newest = continued(scaling, recipe("delayed", amax_compute_algo="most_recent"))
+    assert newest.scale.tolist()[1:] == [pytest.approx(448 / 0.75), 1, pytest.approx(57344 * 1024 / 0.75), pytest.approx(448 / 1.5)]
+
+
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+def test_a_history_of_zeros_keeps_the_scale_in_the_recipe_that_made_it(algorithm: str) -> None:
+    changes: dict[str, Any] = {"amax_history_len": 3, "amax_compute_algo": algorithm}
+    scaling = begun(recipe("delayed", **changes))
+    see(scaling, 1, 3, 1, 7, 11)
+    for amax in (5.0, 0.0, 0.0):
+        see(scaling, 1, 0, 1, 0, amax)
+    assert not scaling.history[:, [1, 3]].any()
+    same = continued(scaling, recipe("delayed", **changes))
+    assert torch.equal(same.scale, scaling.scale) and same.scale[3] == 57344 / 7 and same.scale[4] == 448 / 5
+    assert [site.ready for site in same.sites] == [site.ready for site in scaling.sites] == [True, True, False, True, True]
+    # Elsewhere 448 / 3 and 57344 / 7 are no scales to go by, and what their amaxes were is forgotten.
+    other = continued(scaling, recipe("delayed", margin=1, **changes))
+    assert [site.ready for site in other.sites] == [True, False, False, True, True]
+    assert other.scale[3] == 64 * 2**18 and other.scale[4] == 224 / 5
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
