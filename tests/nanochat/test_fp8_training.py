@@ -94,7 +94,7 @@ def test_a_micro_batch_that_fp8_gemms_do_not_take_is_refused() -> None:
 
 def test_nanochats_flag() -> None:
     config = TrainConfig(fp8=True)
-    assert (config.precision, config.recipe) == ("fp8", "current") and replace(config, depth=4).fp8
+    assert (config.precision, config.recipe) == ("fp8", "delayed") and replace(config, depth=4).fp8
     assert TrainConfig(fp8=True, fp8_recipe="rowwise").recipe == "rowwise"
     with pytest.raises(BadInput, match="give the one or the other"):
         TrainConfig(fp8=True, precision="bf16")
