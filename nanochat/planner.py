@@ -167,7 +167,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     Raises:
         BadInput: a shape that cannot be built, or rows that do not divide the batch.
     """
-    shape = _shape(config, config.depth, vocab_size)
+    shape = config.shape(vocab_size)
     setup = Setup(
         shape, wanted.precision, 1, 2, wanted.formats, attention, config.deterministic, config.update_early,
         capability=where.peaks.capability,
@@ -188,7 +188,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     micro_tokens = chosen * shape.sequence_len
     rate = roofline.tokens_per_second(done, where.peaks, wanted.precision, micro_tokens, planned.accumulation) if fits else None
     time = roofline.seconds(done, where.peaks, wanted.precision)
-    depth = _deepest(lambda depth: predict(replace(setup, shape=_shape(config, depth, vocab_size))).total <= where.usable)
+    depth = _deepest(lambda depth: predict(replace(setup, shape=config.shape(vocab_size, depth))).total <= where.usable)
     made = _measured(where, config, shape, wanted, chosen)
     return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, made, shape.n_layer)
 
@@ -198,16 +198,6 @@ def _powers(largest: int) -> Iterator[int]:
     while n <= largest:
         yield n
         n *= 2
-
-
-def _shape(config: TrainConfig, depth: int, vocab_size: int) -> GPTConfig:
-    try:
-        return GPTConfig.from_depth(
-            depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-            vocab_size=vocab_size, window_pattern=config.window_pattern,
-        )  # fmt: skip
-    except ValueError as error:
-        raise BadInput(str(error)) from error
 
 
 def _deepest(fits: Callable[[int], bool]) -> int:
