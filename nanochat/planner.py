@@ -103,7 +103,7 @@ def device(name: str) -> Device:
     return Device(whole, known)
 
 
-def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> list[Choice]:
+def choices(where: Device, wanted: str, recipe: str, formats: StateFormats, recompute: bool = False) -> list[Choice]:
     """Ways to train on a device.
 
     Args:
@@ -111,9 +111,10 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
         wanted: "all", "bf16", "fp8" or "te".
         recipe: of FP8; "auto" takes delayed for our own layers, the device's best for Transformer Engine.
         formats: of optimizer state and masters.
+        recompute: whether our own FP8 layers make relu² again in backward.
 
     Raises:
-        BadInput: the device cannot do what is asked for.
+        BadInput: the device cannot do what is asked for, or nothing that is planned does it.
     """
     capability = where.peaks.capability
     for name in STATES:
@@ -127,9 +128,11 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
     if wanted == "fp8" or (wanted == "all" and reason is None and recipe == "auto"):
         chosen = _recipe("delayed" if recipe == "auto" else recipe, where)
         try:
-            found.append((f"fp8 {chosen.name}", fp8(chosen)))
+            found.append((f"fp8 {chosen.name}" + ", relu² again" * recompute, fp8(chosen, recompute=recompute)))
         except ValueError as error:
             raise BadInput(f"--recipe: {error}") from error
+    elif recompute:
+        raise BadInput("--recompute-mlp goes with our own FP8 layers: give --precision fp8, on a GPU with FP8 units")
     if wanted in ("all", "te") and reason is None:
         chosen = _recipe(recipe, where)
         if chosen.name == "rowwise":

@@ -89,7 +89,7 @@ def floor(done: roofline.Work, shape: GPTConfig, rows: int, accumulation: int) -
     """The floor of a step of `accumulation` micro-batches of `rows` rows, each of which does `done`."""
     seen = sum(roofline.keys(shape, layer) for layer in range(shape.n_layer))
     return Floor(
-        {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + done.polar},
+        {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + sum(done.polar.values())},
         accumulation * 12 * shape.n_embd * rows * shape.sequence_len * seen,
         accumulation * done.moved + done.updated,
     )
