@@ -296,10 +296,16 @@ class Run:
             process.stop_collecting()
 
     def _profile(self) -> None:
-        """One update under the profiler."""
-        least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
-        lines = step_profile.record(self.step, self.directory / "profile", self.world.device, least)
-        self.say("\n".join(["profile of one step", *lines]))
+        """One update under the profiler, on rank 0; the others wait for it in theirs, so what it alone may meet waits too."""
+        directory, device = self.directory / "profile", self.world.device
+
+        def write(metrics: Metrics) -> None:
+            least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
+            metrics.message("\n".join(["profile of one step", *step_profile.write(done, directory, least)]))
+
+        self._tell(lambda _: step_profile.begin(directory, device))
+        done = step_profile.recorded(self.step, device)
+        self._tell(write)
 
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
