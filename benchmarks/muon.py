@@ -22,6 +22,7 @@ from benchmarks.timing import gpu_milliseconds
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
+from nanochat.roofline import polar_flops
 from nvfp8.polar_express import SMALL, fastest_products, polar_express, room
 from nvfp8.precision import bf16
 
@@ -56,12 +57,6 @@ def ways(rows: int, columns: int) -> tuple[str, ...]:
     if max(rows, columns) <= SMALL:
         return "full", "small"
     return WAYS if rows % 8 == columns % 8 == 0 else ("full",)  # TMA takes rows of whole 16 bytes
-
-
-def flops(rows: int, columns: int, products: str) -> float:
-    """Of one matrix, as the table in `nvfp8/polar_express.py` counts them."""
-    short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
-    return short**3 * {"full": 20 * k + 10, "small": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
 
 
 def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
@@ -117,7 +112,7 @@ def main() -> None:
                 batch = math.ceil(count / math.ceil(count / max(1, WORKSPACE // matrix)))
                 one, host = milliseconds(given[:1].expand(batch, -1, -1), products, args.repeats)
                 ms, host = one * count / batch, host * count / batch
-                rate = count * flops(rows, columns, products) / ms / 1e9
+                rate = count * polar_flops(rows, columns, products) / ms / 1e9
                 star = "*" if products == chosen else ""
                 print(
                     f"| {depth} | {count} x {rows} x {columns} | {products}{star} | {ms:.3f} | {host:.3f} | {rate:.1f} "

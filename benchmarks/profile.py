@@ -85,7 +85,7 @@ def main() -> None:
     model.scaling.update()  # delayed scaling has a history from here on
     micro_batches(1)
     wall = micro_batches(args.micro_batches)
-    kernels, _ = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda"))
+    kernels = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda")).kernels()
     print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; per micro-batch, mean of {args.micro_batches}\n")
     print("\n".join(table(kernels, args.micro_batches)))

@@ -66,7 +66,7 @@ def choose_precision(
         shape: tokens of a micro-batch and width, which "auto" respects; None where nothing is trained.
 
     Raises:
-        BadInput: the device cannot run it, or an option is not one.
+        BadInput: the device cannot run it, or an option is not one, or what is chosen does not follow it.
     """
     native = device_type == "cuda" and missing("bf16", torch.cuda.get_device_capability()) is None
     if name == "te":
@@ -77,21 +77,32 @@ def choose_precision(
     if name in ("fp8", "fp8-emulated"):
         return _own_fp8(name, device_type, options or EngineOptions()), "asked for"
     if options not in (None, EngineOptions()) and name != "auto":
-        raise BadInput(f"--recipe and the --te flags go with --precision te, not with {name}")
+        raise BadInput(_for_fp8(options, f"not with {name}"))
     if name == "auto":
+        if options is not None and options.recompute_mlp:
+            raise BadInput(_for_fp8(options, "neither of which auto takes"))
         why = "this GPU computes in bf16" if native else "no bf16 GPU here"
-        if options is not None and device_type == "cuda":
+        if options is not None and (device_type == "cuda" or options != EngineOptions()):
             chosen = _transformer_engine(device_type, options)
             refusal = chosen if isinstance(chosen, str) else chosen.refuses(*shape) if shape else None
             if isinstance(chosen, Precision) and refusal is None:
                 return chosen, "Transformer Engine is installed and this GPU computes in FP8"
             if options != EngineOptions():
-                raise BadInput(f"--recipe and the --te flags need Transformer Engine: {refusal}")
+                raise BadInput(_for_fp8(options, f"and auto cannot take te here: {refusal}"))
             why += f"; no FP8: {refusal}"
         return (bf16() if native else fp32()), why
     if name == "bf16" and device_type == "cuda" and not native:
         raise BadInput(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16 units; use --precision fp32")
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
+
+
+def _for_fp8(options: EngineOptions, why_not: str) -> str:
+    """What to say where options that only FP8 layers follow cannot be followed."""
+    if options.recompute_mlp:
+        return f"--recompute-mlp goes with --precision fp8 or fp8-emulated, {why_not}"
+    if options == EngineOptions(options.recipe):
+        return f"--recipe goes with --precision te, fp8 or fp8-emulated, {why_not}"
+    return f"the --te flags and --norm-weight go with --precision te, {why_not}"
 
 
 def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
@@ -117,7 +128,7 @@ def _own_fp8(name: str, device_type: str, options: EngineOptions) -> Precision:
 def _transformer_engine(device_type: str, options: EngineOptions) -> Precision | str:
     """Return the precision, or why it cannot be had here, with what to do instead."""
     if options.recompute_mlp:
-        raise BadInput("--recompute-mlp goes with --precision fp8")
+        raise BadInput(_for_fp8(options, "not with te"))
     try:
         chosen = parse_recipe("delayed" if options.recipe == "auto" else options.recipe)
         reason = "it needs a CUDA device" if device_type != "cuda" else te.unavailable()

@@ -24,7 +24,8 @@ import traceback
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
@@ -259,16 +260,6 @@ def unavailable(name: str, config: TrainConfig, shape: GPTConfig) -> str:
     return precision.refuses(config.device_batch_size * config.max_seq_len, shape.n_embd) or ""
 
 
-def _shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    try:
-        return GPTConfig.from_depth(
-            config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-            vocab_size=vocab_size, window_pattern=config.window_pattern,
-        )  # fmt: skip
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
 def fitting_rows(config: TrainConfig, names: list[str], free: float, shape: GPTConfig) -> int:
     """Rows of a micro-batch that every precision has room for: the largest power of two up to the default that does.
 
@@ -362,24 +353,35 @@ def _worker(config: TrainConfig, directory: Path) -> None:
 
 
 def _train(name: str, config: TrainConfig, directory: Path) -> Row:
-    """Train one precision in a new process, and watch the board's memory from here meanwhile."""
+    """Train one precision in a new process, and watch the board's memory from here meanwhile.
+
+    Whatever ends this process ends that one too, for it would keep the GPU: Ctrl-C, a failure, and SIGTERM, of which Python makes
+    an exception only where it is told to.
+    """
     board = gauges.board(torch.device(config.device_type))
     used = board.used() if isinstance(board, gauges.Board) else None
     most = used or 0
     child = multiprocessing.get_context("spawn").Process(target=_worker, args=(replace(config, precision=name), directory))
-    child.start()
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
+        child.start()
         while child.is_alive():
             if used is not None and isinstance(board, gauges.Board):
                 most = max(most, board.used() or 0)
                 child.join(_POLL)
             else:
                 child.join()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.join()
-        raise
+    finally:
+        if child.is_alive():
+            child.terminate()
+            child.join()
+        signal.signal(signal.SIGTERM, before)
     return _read(name, directory, child, None if used is None else (most - used) / 2**30)
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    """End this process by an exception, which `finally` sees, with the status of the signal."""
+    sys.exit(128 + number)
 
 
 def _clear(directory: Path) -> None:
@@ -423,7 +425,7 @@ def compare(config: TrainConfig, names: list[str], directory: Path, *, fit: bool
         raise BadInput("a dry run is one process on one device: start it without torchrun")
     # What would fail in every process alike is refused before one is started.
     resolve(config.data)
-    shape, cuda = _shape(config, Tokenizer.load(config.tokenizer).vocab_size), config.device_type == "cuda"
+    shape, cuda = config.shape(Tokenizer.load(config.tokenizer).vocab_size), config.device_type == "cuda"
     reasons = {name: unavailable(name, config, shape) for name in names}
     usable = [name for name in names if not reasons[name]]
     if not usable:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from nanochat.gemm_formats import flops_in_fp8
 from nanochat.gpt import GPT
 from nvfp8 import hardware
-from nvfp8.precision import FP8Precision, TEPrecision
 
 
 def peak_gib(device: torch.device) -> float:
@@ -37,26 +37,23 @@ def model_peak(model: GPT, known: hardware.Peaks | None) -> float | None:
     """The FLOP/s that a model cannot exceed: each of its FLOPs at the peak of the format it is computed in.
 
     A model in FP8 has FLOPs of both kinds, so neither peak is right by itself: over bf16's the utilization flatters, over FP8's
-    attention and head, which stay in bf16, count as twice as fast as they can be. The time of a token at the peaks is
+    attention, which stays in bf16, counts as twice as fast as it can be. The time of a token at the peaks is
     FP8 FLOPs / FP8 peak + all others / bf16 peak, and the peak of the mixture its FLOPs over that.
 
     Args:
-        model: its precision says which matrices are multiplied in FP8; gates and what a recipe excepts are not looked at.
+        model: its precision says which GEMMs are in FP8 (`gemm_formats.flops_in_fp8`). Those that backward makes again are no work
+            of the model and count in neither.
         known: of the device.
 
     Returns:
         FLOP/s; None without a known peak, which fp32 has none of here.
     """
-    precision, counts = model.precision, model.flop_counts()
-    if known is None or precision.compute_dtype == torch.float32:
+    if known is None or model.precision.compute_dtype == torch.float32:
         return None
-    in_fp8 = counts["transformer_matrices"] if isinstance(precision, TEPrecision | FP8Precision) else 0
-    if isinstance(precision, TEPrecision) and precision.te_head:
-        in_fp8 += counts["lm_head"]
+    total, in_fp8 = model.flops_per_token(), flops_in_fp8(model)
     if in_fp8 and known.fp8 is None:
         return None
-    seconds = (counts["total"] - in_fp8) / known.bf16 + (in_fp8 / known.fp8 if known.fp8 else 0)
-    return counts["total"] / seconds
+    return total / ((total - in_fp8) / known.bf16 + (in_fp8 / known.fp8 if known.fp8 else 0))
 
 
 class Board:

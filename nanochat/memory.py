@@ -31,6 +31,7 @@ from torch import Tensor
 from nanochat import activations
 from nanochat.activations import Bytes, MicroBatch
 from nanochat.build import build_optimizers
+from nanochat.gemm_formats import copies, in_blocks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import Metrics
 from nanochat.optimizer import NamedOptimizer
@@ -38,7 +39,7 @@ from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import AUTO, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.polar_express import fastest_products, room
-from nvfp8.precision import FP8Precision, Precision, TEPrecision
+from nvfp8.precision import Precision, TEPrecision
 
 GIB = 2**30
 # torch's cuBLAS workspace, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8 of
@@ -164,24 +165,14 @@ class Counted:
     def _gradient_size(self, name: str, p: Tensor) -> int:
         """Bytes an element. FP8 modules hand bf16 gradients to fp32 matrices (`te_engine._hand_over`); others are as the weight."""
         precision = self.setup.precision
-        handed = isinstance(precision, TEPrecision) and precision.weights == "fp8" and _in_engine(name)
+        handed = isinstance(precision, TEPrecision) and precision.weights == "fp8" and in_blocks(name)
         return 2 if handed else p.itemsize
 
     def _fp8_copies(self) -> float:
         precision = self.setup.precision
-        if isinstance(precision, FP8Precision):
-            of_head = float(len({"fprop", "dgrad"} - precision.head_in_bf16))  # wgrad reads no weight
-            named = self.model.named_parameters()
-            return sum(p.numel() * (2.0 if _in_engine(name) else of_head * (name == "lm_head.weight")) for name, p in named)
-        if not isinstance(precision, TEPrecision):
-            return 0
-        one = {"nv16": 0.5 + 1 / 16, "mx32": 1 + 1 / 32}.get(precision.recipe.fprop.right.scaling, 1.0)
-        quantized = sum(
-            p.numel()
-            for name, p in self.model.named_parameters()
-            if _in_engine(name) or (precision.te_head and name == "lm_head.weight")
-        )
-        return 2 * one * quantized
+        scaling = precision.recipe.fprop.right.scaling if isinstance(precision, TEPrecision) else ""
+        one = {"nv16": 0.5 + 1 / 16, "mx32": 1 + 1 / 32}.get(scaling, 1.0)
+        return one * sum(p.numel() * copies(precision, name) for name, p in self.model.named_parameters())
 
     def workspace(self) -> Bytes:
         """What Muon works in: its largest chunk."""
@@ -193,20 +184,22 @@ class Counted:
         part = sum(elements for elements, _ in self._chunks()) / matrices
         return {"gradients: matrices": part * self.gradients()["gradients: matrices"], **self.workspace()}
 
+    def products(self, shape: torch.Size) -> str:
+        """The way that Muon goes for matrices of a shape (`nvfp8/polar_express.py`)."""
+        rows, columns = shape
+        return fastest_products(rows, columns, self.setup.precision.compute_dtype, self.setup.capability)
+
     def _chunks(self) -> list[tuple[int, int]]:
         """Of every shape the elements that Muon takes at once, and the bytes it works in then (`nvfp8/optim/muon.py`)."""
         dtype = self.setup.precision.compute_dtype
         shapes = Counter(p.shape for group in self.muon.param_groups for p in group["params"])
         found = []
-        for (rows, columns), count in shapes.items():
-            one = room(rows, columns, dtype, fastest_products(rows, columns, dtype, self.setup.capability))
+        for shape, count in shapes.items():
+            rows, columns = shape
+            one = room(rows, columns, dtype, self.products(shape))
             size = math.ceil(count / math.ceil(count / max(1, self.muon.workspace // one)))
             found.append((size * rows * columns, size * one))
         return found
-
-
-def _in_engine(name: str) -> bool:
-    return name.startswith("transformer.h.") and "ve_gate" not in name and not name.endswith("norm_weight")
 
 
 def _state(optimizer: NamedOptimizer, kind: str) -> Bytes:

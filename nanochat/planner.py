@@ -103,7 +103,7 @@ def device(name: str) -> Device:
     return Device(whole, known)
 
 
-def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> list[Choice]:
+def choices(where: Device, wanted: str, recipe: str, formats: StateFormats, recompute: bool = False) -> list[Choice]:
     """Ways to train on a device.
 
     Args:
@@ -111,9 +111,10 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
         wanted: "all", "bf16", "fp8" or "te".
         recipe: of FP8; "auto" takes delayed for our own layers, the device's best for Transformer Engine.
         formats: of optimizer state and masters.
+        recompute: whether our own FP8 layers make relu² again in backward.
 
     Raises:
-        BadInput: the device cannot do what is asked for.
+        BadInput: the device cannot do what is asked for, or nothing that is planned does it.
     """
     capability = where.peaks.capability
     for name in STATES:
@@ -127,9 +128,11 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats) -> l
     if wanted == "fp8" or (wanted == "all" and reason is None and recipe == "auto"):
         chosen = _recipe("delayed" if recipe == "auto" else recipe, where)
         try:
-            found.append((f"fp8 {chosen.name}", fp8(chosen)))
+            found.append((f"fp8 {chosen.name}" + ", relu² again" * recompute, fp8(chosen, recompute=recompute)))
         except ValueError as error:
             raise BadInput(f"--recipe: {error}") from error
+    elif recompute:
+        raise BadInput("--recompute-mlp goes with our own FP8 layers: give --precision fp8, on a GPU with FP8 units")
     if wanted in ("all", "te") and reason is None:
         chosen = _recipe(recipe, where)
         if chosen.name == "rowwise":
@@ -167,7 +170,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     Raises:
         BadInput: a shape that cannot be built, or rows that do not divide the batch.
     """
-    shape = _shape(config, config.depth, vocab_size)
+    shape = config.shape(vocab_size)
     setup = Setup(
         shape, wanted.precision, 1, 2, wanted.formats, attention, config.deterministic, config.update_early,
         capability=where.peaks.capability,
@@ -188,7 +191,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     micro_tokens = chosen * shape.sequence_len
     rate = roofline.tokens_per_second(done, where.peaks, wanted.precision, micro_tokens, planned.accumulation) if fits else None
     time = roofline.seconds(done, where.peaks, wanted.precision)
-    depth = _deepest(lambda depth: predict(replace(setup, shape=_shape(config, depth, vocab_size))).total <= where.usable)
+    depth = _deepest(lambda depth: predict(replace(setup, shape=config.shape(vocab_size, depth))).total <= where.usable)
     made = _measured(where, config, shape, wanted, chosen)
     return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, made, shape.n_layer)
 
@@ -198,16 +201,6 @@ def _powers(largest: int) -> Iterator[int]:
     while n <= largest:
         yield n
         n *= 2
-
-
-def _shape(config: TrainConfig, depth: int, vocab_size: int) -> GPTConfig:
-    try:
-        return GPTConfig.from_depth(
-            depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-            vocab_size=vocab_size, window_pattern=config.window_pattern,
-        )  # fmt: skip
-    except ValueError as error:
-        raise BadInput(str(error)) from error
 
 
 def _deepest(fits: Callable[[int], bool]) -> int:

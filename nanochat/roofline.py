@@ -15,12 +15,17 @@ Measured, of a te run of d24 with 16 x 2048 tokens (8d89563), per micro-batch:
 | attention | 23.0 TFLOP, with 559 keys more a query than it sees | 44.9 | 52 % of bf16 |
 | all else | 200 GB | 84.2 | 71 % of the bandwidth |
 
-GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 73.5 %. Polar Express: 67 %
-(26.1 TFLOP in 39 ms, H200). The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
+GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 73.5 %. Polar Express by full products:
+67 % (26.1 TFLOP of d24 in 39 ms, H200), as the runs in MEASURED went; where half of symmetric products is computed, 55 % (18.3 TFLOP
+in 33.5 ms, `benchmarks/muon.py` on an H100). The Gram form is taken to be as good as "half": with two restarts nobody has timed it.
+
+The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
+from nanochat.gemm_formats import copies, flops_in_fp8, made_again
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted
 from nvfp8.hardware import Peaks
@@ -28,7 +33,8 @@ from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
-EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71, "polar": 0.676}
+EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71}
+POLAR = {"full": 0.676, "half": 0.552, "gram": 0.552}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
@@ -38,7 +44,9 @@ KEYS_MORE = 559
 #   heads 18, mix 17.
 # More than that: current scaling reads gradients twice for their amax and quantizes after norms and relu², not in them; block
 # scales need passes of their own for relu² and its gradient.
-_OWN, _TE, _OWN_FP8 = 118, 154, 93
+# Where relu² is made again: norm and cast 3, aᵀ 4, not measured either. Of a layer that a recipe leaves in bf16 FLOPs and copies of
+# weights are counted as such, its bytes as if it were in FP8.
+_OWN, _TE, _OWN_FP8, _AGAIN = 118, 154, 93, 7
 _MORE = {"current": 52, "block1x128": 36}
 # A GEMM with block scales takes 1.25 times as long: what d12's blockwise row leaves when its bytes are taken off.
 _SLOWER = {"block1x128": 1.25}
@@ -54,7 +62,7 @@ class Work:
         bf16: FLOPs of GEMMs in bf16.
         attention: its FLOPs, keys it pays for and does not see included.
         moved: bytes between those.
-        polar: FLOPs of Muon's products, once a step.
+        polar: FLOPs of Muon's products, once a step, by the way it goes: the keys of POLAR.
         updated: bytes of the optimizers' step.
     """
 
@@ -62,7 +70,7 @@ class Work:
     bf16: float
     attention: float
     moved: float
-    polar: float
+    polar: dict[str, float]
     updated: float
 
 
@@ -76,20 +84,19 @@ def work(counted: Counted, rows: int) -> Work:
     shape, precision = counted.setup.shape, counted.setup.precision
     tokens, parameters = rows * shape.sequence_len, counted.model.parameter_counts()
     matrices, head = parameters["transformer_matrices"], parameters["lm_head"]
-    in_fp8 = isinstance(precision, TEPrecision | FP8Precision)
     te_head = isinstance(precision, TEPrecision) and precision.te_head
-    # The head's GEMMs are as large as each other.
-    own_head = 1 - len(precision.head_in_bf16) / len(GEMMS) if isinstance(precision, FP8Precision) else 0
-    quantized = (matrices if in_fp8 else 0) + (head if te_head else own_head * head)
+    in_fp8, again = flops_in_fp8(counted.model), made_again(counted.model)
+    written = ((p, copies(precision, name)) for name, p in counted.model.named_parameters())
+    cast = sum(p.numel() * (2 + layouts) for p, layouts in written if layouts)  # a weight in bf16, and its copies
     return Work(
-        fp8=6 * quantized * tokens,
-        bf16=6 * (matrices + head - quantized) * tokens,
+        fp8=(in_fp8 + again * 8 * shape.n_embd**2) * tokens,  # c_fc (4D, D) once more
+        bf16=(6 * (matrices + head) - in_fp8) * tokens,
         attention=12 * shape.n_embd * tokens * sum(keys(shape, layer) + KEYS_MORE for layer in range(shape.n_layer)),
-        moved=_moved(shape, precision, tokens, matrices, head, te_head),
+        moved=_moved(shape, precision, tokens, matrices, head, te_head) + again * _AGAIN * tokens * shape.n_embd,
         polar=_polar(counted),
         # States are read and written, gradients looked at and read, weights read and written; Muon's x is passed over 8 times.
         updated=2 * sum(counted.states.values()) + 2 * sum(counted.gradients().values())
-        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + 4 * quantized,
+        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + cast,
     )  # fmt: skip
 
 
@@ -125,14 +132,25 @@ def _scaling(precision: Precision) -> str | None:
     return precision.recipe.fprop.left.scaling if isinstance(precision, TEPrecision | FP8Precision) else None
 
 
-def _polar(counted: Counted) -> float:
-    """FLOPs of Polar Express by full products (`nvfp8/polar_express.py`)."""
-    flops = 0.0
+def _polar(counted: Counted) -> dict[str, float]:
+    flops: dict[str, float] = defaultdict(float)
     for group in counted.muon.param_groups:
         for p in group["params"]:
-            short, long = sorted(p.shape)
-            flops += (20 * long / short + 10) * short**3
-    return flops
+            (rows, columns), products = p.shape, counted.products(p.shape)
+            flops[products] += polar_flops(rows, columns, products)
+    return dict(flops)
+
+
+def polar_flops(rows: int, columns: int, products: str) -> float:
+    """FLOPs of Polar Express on one matrix, as the table in `nvfp8/polar_express.py` counts them.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        products: "full", "small" (the same, in one launch), "half" or "gram".
+    """
+    short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
+    return short**3 * {"full": 20 * k + 10, "small": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
 
 
 def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, float], dict[str, float]]:
@@ -159,7 +177,7 @@ def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, f
         "norms, casts, losses, sums": done.moved / (peaks.bandwidth * EFFICIENCY["bytes"]),
     }
     step = {
-        "Muon's products": done.polar / (peaks.bf16 * EFFICIENCY["polar"]),
+        "Muon's products": sum(flops / (peaks.bf16 * POLAR[products]) for products, flops in done.polar.items()),
         "states and weights": done.updated / (peaks.bandwidth * EFFICIENCY["bytes"]),
     }
     return micro, step

@@ -2,6 +2,7 @@
 
     floor = FLOPs / peak of their format     for GEMMs and attention
           = bytes / bandwidth                for what lies between them, and for the optimizers' passes
+          = nothing                          for what ranks send each other
 
 FLOPs and bytes are counted (`nanochat/roofline.py`), not measured: what our kernels must move, whatever they do. So a family far
 from its floor is either slow or does what it need not. A kernel is in exactly one family, found by its name, and what no family
@@ -13,7 +14,8 @@ where it is. The snapshot is a pickle, for that is what PyTorch writes; nothing 
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,11 @@ _FILES = {path.stem: _KERNEL.findall(path.read_text()) for path in Path(nvfp8.__
 _BY_FILE = {"gemm_fp8": "GEMMs", "symmetric": "GEMMs", "adamw": "optimizers' kernels", "muon": "optimizers' kernels"}
 OURS = {name: _BY_FILE.get(stem, "our Triton kernels") for stem, names in _FILES.items() for name in names}
 # After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
+# What ranks send each other is first of all: it waits for the slowest of them and for links that no peak is known of, so it has no
+# floor, and is no part of what has one.
+COMMUNICATION = "communication"
 FAMILIES = (
+    (COMMUNICATION, re.compile(r"^nccl|^gloo:|^c10d::", re.IGNORECASE)),
     ("attention", re.compile(r"cudnn|sdpa|flash|fmha", re.IGNORECASE)),
     ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|aten::\w*mm$", re.IGNORECASE)),
     ("Transformer Engine", re.compile(r"transformer_engine")),
@@ -89,7 +95,7 @@ def floor(done: roofline.Work, shape: GPTConfig, rows: int, accumulation: int) -
     """The floor of a step of `accumulation` micro-batches of `rows` rows, each of which does `done`."""
     seen = sum(roofline.keys(shape, layer) for layer in range(shape.n_layer))
     return Floor(
-        {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + done.polar},
+        {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + sum(done.polar.values())},
         accumulation * 12 * shape.n_embd * rows * shape.sequence_len * seen,
         accumulation * done.moved + done.updated,
     )
@@ -102,6 +108,28 @@ def by_family(kernels: Iterable[Kernel], parts: int = 1) -> dict[str, tuple[floa
         before = sums.get(family(name), (0.0, 0.0))
         sums[family(name)] = before[0] + launches / parts, before[1] + ms / parts
     return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step that was profiled.
+
+    Attributes:
+        profiler: what it was profiled by.
+        device: where it ran.
+        seconds: it took with the profiler around it.
+    """
+
+    profiler: torch.profiler.profile
+    device: torch.device
+    seconds: float
+
+    def kernels(self) -> list[Kernel]:
+        """Its kernels (on a CPU its operations)."""
+        cuda = self.device.type == "cuda"
+        kind = DeviceType.CUDA if cuda else DeviceType.CPU
+        rows = [row for row in self.profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
+        return [(row.key, row.count, (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3) for row in rows]
 
 
 def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -> list[str]:
@@ -125,66 +153,84 @@ def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -
             end if group else ""
         )
 
-    others = {name: value for name, value in sums.items() if name not in _LIMITED_BY_FLOPS}
+    others = {name: value for name, value in sums.items() if name not in (*_LIMITED_BY_FLOPS, COMMUNICATION)}
     lines = [f"{'family':<26}{'ms':>10}{'share':>8}{'launches':>10}{'must do':>16}{'floor, ms':>11}{'of it':>9}"]
     lines += [line(name, *sums[name], name) for name in _LIMITED_BY_FLOPS if name in sums]
     lines.append(line("all else", sum(n for n, _ in others.values()), sum(ms for _, ms in others.values()), "all else"))
     lines += [line(f"  {name}", *value).removesuffix(f"{'-':>16}") for name, value in others.items()]
+    if COMMUNICATION in sums:
+        lines.append(line(COMMUNICATION, *sums[COMMUNICATION], COMMUNICATION))
     shortest = sum(floors.values())
     lines.append(f"{'sum':<26}{total:>10.2f}" + (f"{'':>34}{shortest:>11.2f}{shortest / total:>9.1%}" if floors and total else ""))
     return lines
 
 
-def recorded(step: Callable[[], Any], device: torch.device) -> tuple[list[Kernel], "torch.profiler.profile"]:
-    """Run `step` under the profiler; its kernels (on a CPU its operations), and the profile."""
+def recorded(step: Callable[[], Any], device: torch.device) -> Recorded:
+    """Run `step` under the profiler."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    start = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profiler:
         step()
         if cuda:
             torch.cuda.synchronize(device)
-    kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    rows = [row for row in profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
-    return [(row.key, row.count, (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3) for row in rows], profiler
+    return Recorded(profiler, device, time.perf_counter() - start)
 
 
-def record(step: Callable[[], Any], directory: Path, device: torch.device, least: Floor) -> list[str]:
-    """Run one step, write its trace, the allocator's snapshot and the table, and return what to print.
+# A profile is begun, recorded and written in three calls: what the file system refuses is met by one rank alone, so it must not
+# reach around the step, in which the others wait for this one.
+
+
+def begin(directory: Path, device: torch.device) -> None:
+    """Make the directory of a profile, before a step is run for nothing, and let the allocator remember from here on.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    with _written(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=HISTORY)
+
+
+def write(done: Recorded, directory: Path, least: Floor) -> list[str]:
+    """Write a step's trace, the allocator's snapshot and the table, and return what to print. The allocator forgets again.
 
     Args:
-        step: runs it.
-        directory: what is written to, made if missing.
-        device: where it runs.
-        least: what it must do.
+        done: the step, recorded after `begin`.
+        directory: of `begin`.
+        least: what the step must do.
 
     Raises:
         BadInput: the directory cannot be written.
     """
-    cuda, known = device.type == "cuda", gauges.peaks(device)
-    if cuda:
-        torch.cuda.memory._record_memory_history(max_entries=HISTORY)
-    start = time.perf_counter()
+    cuda, known = done.device.type == "cuda", gauges.peaks(done.device)
+    lines = table(done.kernels(), least if cuda else None, known)
+    lines.append(f"the step with the profiler around it: {1e3 * done.seconds:.0f} ms")
+    if not cuda:
+        lines.append(
+            "a CPU runs our kernels' twins, operation by operation: neither bytes nor a floor are counted, and there is no "
+            "allocator to take a snapshot of"
+        )
+    elif known is None:
+        lines.append("no floor: the peaks of this GPU are not known")
+    lines.append(f"written: {directory}/{TRACE}" + (f", {SNAPSHOT}" if cuda else ""))
     try:
-        kernels, profiler = recorded(step, device)
-        seconds = time.perf_counter() - start
-        directory.mkdir(parents=True, exist_ok=True)
-        if cuda:
-            torch.cuda.memory._dump_snapshot(str(directory / SNAPSHOT))
-        profiler.export_chrome_trace(str(directory / TRACE))
-        lines = table(kernels, least if cuda else None, known)
-        lines.append(f"the step with the profiler around it: {1e3 * seconds:.0f} ms")
-        if not cuda:
-            lines.append(
-                "a CPU runs our kernels' twins, operation by operation: neither bytes nor a floor are counted, and there is no "
-                "allocator to take a snapshot of"
-            )
-        elif known is None:
-            lines.append("no floor: the peaks of this GPU are not known")
-        lines.append(f"written: {directory}/{TRACE}" + (f", {SNAPSHOT}" if cuda else ""))
-        (directory / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--profile cannot write into {directory}: {error.strerror}") from error
+        with _written(directory):
+            if cuda:
+                torch.cuda.memory._dump_snapshot(str(directory / SNAPSHOT))
+            done.profiler.export_chrome_trace(str(directory / TRACE))
+            (directory / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     finally:
         if cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
     return lines
+
+
+@contextmanager
+def _written(directory: Path) -> Iterator[None]:
+    """What the file system refuses is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"--profile cannot write into {directory}: {error.strerror}") from error

@@ -31,7 +31,6 @@ from nanochat.earlier_runs import move_earlier_run, set_aside_after
 from nanochat.errors import BadInput
 from nanochat.evaluate import bits_per_byte
 from nanochat.generate import PROMPTS, continuations
-from nanochat.gpt import GPTConfig
 from nanochat.metrics import Metrics, StepRecord, require_wandb
 from nanochat.optimizer import StoredByName
 from nanochat.param_groups import backward_position, groups, ownership, set_hyperparameters
@@ -83,7 +82,7 @@ class Run:
         with parallel.together():
             self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
             source = resolve(config.data)
-            shape, tokens = self._shape(), config.device_batch_size * config.max_seq_len
+            shape, tokens = config.shape(self.tokenizer.vocab_size), config.device_batch_size * config.max_seq_len
             precision, why = choose_precision(config.precision, world.device.type, config.engine, (tokens, shape.n_embd))
             check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
             precision = config.formats.stored_by(precision, world.device.type, config.adamw)
@@ -116,16 +115,6 @@ class Run:
                     say(moved)
                 self.metrics = self._open_metrics()
         self._introduce(why, source.describe())
-
-    def _shape(self) -> GPTConfig:
-        config = self.config
-        try:
-            return GPTConfig.from_depth(
-                config.depth, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, sequence_len=config.max_seq_len,
-                vocab_size=self.tokenizer.vocab_size, window_pattern=config.window_pattern,
-            )  # fmt: skip
-        except ValueError as error:
-            raise BadInput(str(error)) from error
 
     def _build_optimizers(self) -> None:
         config, model = self.config, self.model
@@ -184,7 +173,7 @@ class Run:
         if self.progress.best_bpb == math.inf:  # how earlier versions wrote None
             self.progress.best_bpb = None
         before, now = asdict(TrainConfig()) | saved.state["train_config"], asdict(config)  # what did not exist was as by default
-        names = now.keys() - {"resume", "resume_from_step"}
+        names = now.keys() - {"resume", "resume_from_step", "profile"}  # none of which changes what the run comes to
         self.changed = [f"{name} {before[name]} -> {now[name]}" for name in sorted(names) if before[name] != now[name]]
         checkpoint.set_rng_state(saved.state["rng"])
         return saved.state["data"]["position"]
@@ -307,10 +296,16 @@ class Run:
             process.stop_collecting()
 
     def _profile(self) -> None:
-        """One update under the profiler."""
-        least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
-        lines = step_profile.record(self.step, self.directory / "profile", self.world.device, least)
-        self.say("\n".join(["profile of one step", *lines]))
+        """One update under the profiler, on rank 0; the others wait for it in theirs, so what it alone may meet waits too."""
+        directory, device = self.directory / "profile", self.world.device
+
+        def write(metrics: Metrics) -> None:
+            least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
+            metrics.message("\n".join(["profile of one step", *step_profile.write(done, directory, least)]))
+
+        self._tell(lambda _: step_profile.begin(directory, device))
+        done = step_profile.recorded(self.step, device)
+        self._tell(write)
 
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from nanochat.build import EngineOptions
 from nanochat.errors import BadInput
+from nanochat.gpt import GPTConfig
 from nanochat.state_formats import StateFormats, parse_formats
 
 
@@ -112,6 +113,24 @@ class TrainConfig:
     def formats(self) -> StateFormats:
         """How optimizer state and weights are stored."""
         return parse_formats(self.state_dtype, self.master_weights)
+
+    def shape(self, vocab_size: int, depth: int | None = None) -> GPTConfig:
+        """The shape of the model.
+
+        Args:
+            vocab_size: of the tokenizer.
+            depth: number of blocks; None takes `depth`.
+
+        Raises:
+            BadInput: it cannot be built.
+        """
+        try:
+            return GPTConfig.from_depth(
+                self.depth if depth is None else depth, aspect_ratio=self.aspect_ratio, head_dim=self.head_dim,
+                sequence_len=self.max_seq_len, vocab_size=vocab_size, window_pattern=self.window_pattern,
+            )  # fmt: skip
+        except ValueError as error:
+            raise BadInput(str(error)) from error
 
     @property
     def tag(self) -> str:

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--window-pattern", default=default.window_pattern)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--update-early", action="store_true")
+    parser.add_argument("--recompute-mlp", action="store_true", help="own FP8 layers make relu² again in backward")
     add_state_flags(parser)
     flags = parser.parse_args()
     if flags.device_batch_size is not None and flags.device_batch_size < 1:
@@ -49,7 +50,7 @@ def main() -> None:
         state_dtype=flags.state_dtype, master_weights=flags.master_weights,
     )  # fmt: skip
     where, formats = device(flags.gpu), state_formats(flags)
-    ways = choices(where, flags.precision, flags.recipe, formats)
+    ways = choices(where, flags.precision, flags.recipe, formats, flags.recompute_mlp)
     rows = [plan(where, config, way, flags.vocab_size, flags.device_batch_size, flags.attention) for way in ways]
     print("\n".join(report(where, config, rows, flags.tokens)))
 

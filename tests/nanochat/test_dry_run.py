@@ -1,8 +1,13 @@
 """What a dry run concludes, on losses by hand; and one that trains, each precision in a process of its own."""
 
+import contextlib
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +180,44 @@ def test_on_a_gpu_time_memory_and_energy_are_measured(tiny: TrainConfig, tmp_pat
         # The board gives away what the allocator has, and CUDA's context besides.
         assert row.measured.board_gib is None or row.measured.board_gib > row.measured.gib
         assert row.measured.mfu is None or 0 < row.measured.mfu < 1
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from nanochat import dry_run
+
+def slow(config, directory):
+    (directory / "written").write_text(str(os.getpid()))
+    (directory / "written").rename(directory / "pid")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    dry_run._worker = slow
+    dry_run._train("fp32", dry_run.defaults("cpu"), Path(sys.argv[1]))
+"""
+
+
+def test_a_signal_that_ends_a_dry_run_ends_its_process_too(tmp_path: Path) -> None:
+    """A process left behind would keep the GPU."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    root = str(Path(dry_run.__file__).parents[1])
+    parent = subprocess.Popen([sys.executable, tmp_path / "slow.py", tmp_path], env={**os.environ, "PYTHONPATH": root})
+    try:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        child = int((tmp_path / "pid").read_text())
+        parent.send_signal(signal.SIGTERM)
+        try:
+            assert parent.wait(60) == 128 + signal.SIGTERM
+            with pytest.raises(ProcessLookupError):
+                os.kill(child, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    finally:
+        parent.kill()
 
 
 def test_only_an_earlier_dry_run_is_overwritten(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -21,13 +21,18 @@ def model(precision: Precision) -> GPT:
 
 
 def test_a_mixture_is_between_the_peaks_of_its_formats() -> None:
+    """Two blocks of 12 · 128² parameters (their gates are bf16), and 256 · 128 of lm_head, 6 FLOPs each."""
     counts = model(bf16()).flop_counts()
     assert gauges.model_peak(model(bf16()), PEAKS) == pytest.approx(1e12)
-    blocks = counts["transformer_matrices"]
+    blocks, head = 6 * 2 * 12 * 128**2, 6 * 256 * 128
     for precision, halved in (
-        (fp8(recipe("delayed")), blocks),
+        (fp8(recipe("delayed")), blocks + head),
+        (fp8(recipe("delayed"), recompute=True), blocks + head),
+        (fp8(recipe("delayed", bf16=("lm_head:wgrad",))), blocks + 2 / 3 * head),
+        (fp8(recipe("delayed", bf16=("h.0", "lm_head"))), blocks / 2),
+        (fp8(recipe("rowwise")), blocks),
         (te(recipe("delayed")), blocks),
-        (te(recipe("delayed"), te_head=True), blocks + counts["lm_head"]),
+        (te(recipe("delayed"), te_head=True), blocks + head),
     ):
         seconds = (counts["total"] - halved) / 1e12 + halved / 2e12
         assert gauges.model_peak(model(precision), PEAKS) == pytest.approx(counts["total"] / seconds)

@@ -110,6 +110,23 @@ def no_report(patch: Patch) -> None:
     patch.setattr(report, "draw", draw)
 
 
+def profile_without_a_folder(patch: Patch) -> None:
+    def mkdir(path: Path, *given: Any, **named: Any) -> None:
+        if path.name == "profile":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        real(path, *given, **named)
+
+    real = Path.mkdir
+    patch.setattr(Path, "mkdir", mkdir)
+
+
+def profile_unwritten(patch: Patch) -> None:
+    def export(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+
+
 def a_bug(patch: Patch) -> None:
     patch.setattr(gauges, "mfu", lambda *_: 1 / 0)
 
@@ -126,8 +143,16 @@ FAULTS: dict[Callable[[Patch], None], tuple[int, int, str]] = {
     metrics_unwritten: (2, 0, "metrics.jsonl: Is a directory; free some space and resume"),
     unsaved: (2, 0, "error: checkpoint of step 3 not saved in "),
     no_report: (2, 0, "cannot be drawn"),
+    profile_without_a_folder: (2, 0, "profile: Permission denied"),
+    profile_unwritten: (2, 0, "profile: No space left on device"),
     a_bug: (1, 0, "ZeroDivisionError"),
     nothing: (0, 0, ""),
+}
+
+
+# Flags without which it is not met.
+CHANGES: dict[Callable[[Patch], None], dict[str, Any]] = {
+    fault: {"profile": True, "num_iterations": 5} for fault in (profile_without_a_folder, profile_unwritten)
 }
 
 
@@ -169,7 +194,7 @@ def worker(ports: list[str]) -> None:
         with Patch.context() as patch, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
             fault(patch)
             try:
-                run(fault.__name__)
+                run(fault.__name__, **CHANGES.get(fault, {}))
             except SystemExit as exit_:
                 status = exit_.code
             except ZeroDivisionError as bug:

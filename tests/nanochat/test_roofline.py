@@ -1,5 +1,7 @@
 """Throughput that the roofline predicts beside what was measured (docs/results.md), and what its efficiencies are made from."""
 
+from dataclasses import replace
+
 import pytest
 
 from nanochat.gpt import GPTConfig
@@ -17,7 +19,7 @@ from nanochat.roofline import (
     work,
 )
 from nvfp8.hardware import peaks
-from nvfp8.precision import Precision, bf16, te
+from nvfp8.precision import Precision, bf16, fp8, te
 from nvfp8.recipe import recipe
 
 LENGTH = 2048
@@ -54,9 +56,51 @@ def test_efficiencies_are_those_of_the_profile() -> None:
     assert sum(micro.values()) == pytest.approx(241.8e-3, rel=0.03)
 
 
-def test_polar_express_is_counted() -> None:
-    """26.1 TFLOP at d24 (nvfp8/polar_express.py)."""
-    assert work(counted(24, "L", "bf16", 1), 1).polar == pytest.approx(26.1e12, rel=0.01)
+def test_polar_express_is_counted_as_muon_goes() -> None:
+    """d24, the table in nvfp8/polar_express.py: 26.1 TFLOP by full products; on Hopper 96 squares by "half", 48 by "gram"."""
+    full = Counted(Setup(GPTConfig.from_depth(24), bf16(), 1, capability=(8, 0)))
+    assert work(full, 1).polar == {"full": pytest.approx(26.1e12, rel=0.01)}
+    polar = work(counted(24, "L", "bf16", 1), 1).polar
+    assert polar["half"] == 96 * 20 * 1536**3 and polar["gram"] == 48 * 47 * 1536**3
+    assert sum(polar.values()) == pytest.approx(15.1e12, rel=0.01)
+    device = peaks("NVIDIA H100 80GB HBM3")
+    assert device is not None
+    took = seconds(replace(work(full, 1), polar={"half": 18.3e12}), device, bf16())[1]["Muon's products"]
+    assert took == pytest.approx(33.5e-3, rel=0.01)  # an H100, all products by "half"
+
+
+@pytest.mark.parametrize(
+    ("left", "gemms", "copies"),
+    [
+        ("", 0, 0),
+        ("h.0", 3 * 12, 2 * 12),
+        ("h.*.mlp.c_fc:wgrad", 6 * 4, 0),
+        ("h.1.attn.qkv:fprop+h.1.attn.qkv:dgrad", 2 * 3, 2 * 3),
+        ("h.2.mlp:dgrad", 8, 8),
+    ],
+)
+def test_what_a_recipe_leaves_in_bf16_is_counted_so(left: str, gemms: int, copies: int) -> None:
+    """Six layers of 12 D² parameters; numbers are in D² of one GEMM, and of copies."""
+    shape = GPTConfig.from_depth(6)
+    width, tokens = shape.n_embd, 4 * LENGTH
+    names = tuple(filter(None, left.split("+")))
+    one, other = (Counted(Setup(shape, fp8(recipe("delayed", bf16=parts)), 4)) for parts in ((), names))
+    all_fp8, some = work(one, 4), work(other, 4)
+    assert all_fp8.fp8 - some.fp8 == some.bf16 - all_fp8.bf16 == 2 * gemms * width**2 * tokens
+    line = "FP8 copies of weights, both layouts"
+    assert one.lasting()[line] - other.lasting()[line] == copies * width**2
+    assert all_fp8.updated >= some.updated + copies * width**2
+
+
+def test_gemms_that_backward_makes_again_are_counted() -> None:
+    """c_fc's, 2 · 4 D² FLOPs a token, of each layer that is fused: not of h.0, nor of h.1, of which one GEMM is in bf16."""
+    shape = GPTConfig.from_depth(6)
+    excepted = recipe("delayed", bf16=("h.0", "h.1.mlp.c_proj:wgrad"))
+    for asked, layers in ((recipe("delayed"), 6), (excepted, 4)):
+        once, again = (work(Counted(Setup(shape, fp8(asked, recompute=recompute), 4)), 4) for recompute in (False, True))
+        assert again.fp8 - once.fp8 == layers * 2 * 4 * shape.n_embd**2 * 4 * LENGTH
+        assert again.bf16 == once.bf16
+        assert again.moved - once.moved == layers * 7 * shape.n_embd * 4 * LENGTH
 
 
 def test_keys_are_those_a_query_sees() -> None:

@@ -1,5 +1,6 @@
 """A step's profile: kernels in one family each, sums, floors by hand, and what a run with --profile leaves behind."""
 
+import errno
 import gzip
 import json
 from dataclasses import replace
@@ -14,8 +15,8 @@ from nanochat.errors import BadInput
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted, Setup
 from nanochat.roofline import work
-from nanochat.step_profile import OURS, TABLE, TRACE, Floor, by_family, family, floor, record, table
-from nanochat.train import train
+from nanochat.step_profile import OURS, TABLE, TRACE, Floor, begin, by_family, family, floor, recorded, table, write
+from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import Peaks
 from nvfp8.precision import fp8
@@ -48,6 +49,9 @@ PEAKS = Peaks(bf16=1e12, fp8=2e12, bandwidth=1e11, memory=1, power=1, capability
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)", "additions (gradients)"),
         ("void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(...)", "other"),
         ("triton_poi_fused_add_0", "other"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("ncclDevKernel_Broadcast_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("gloo:all_reduce", "communication"),
         ("_adamw", "optimizers' kernels"),
         ("_gemm_relu_squared", "GEMMs"),
         ("aten::addmm", "GEMMs"),
@@ -84,6 +88,14 @@ def test_a_table_by_hand() -> None:
     ]
 
 
+def test_what_ranks_send_each_other_has_no_floor() -> None:
+    alone, least = KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8)
+    lines = [line.split() for line in table([*alone, ("ncclDevKernel_Reduce_Sum_bf16_RING_LL", 3, 100.0)], least, PEAKS)]
+    assert ["communication", "100.00", "50.0%", "3", "-", "-", "-"] in lines
+    assert ["all", "else", "10.00", "5.0%", "6", "0.5", "GB", "5.00", "50.0%"] in lines  # as without it
+    assert lines[-1] == ["sum", "200.00", "39.00", "19.5%"]
+
+
 def test_without_peaks_there_is_no_floor() -> None:
     lines = table(KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8), None)
     assert lines[1].split() == ["GEMMs", "80.00", "80.0%", "12", "0.1", "TFLOP", "-", "-"]
@@ -104,8 +116,10 @@ def test_a_floor_counts_what_queries_see_and_the_optimizers_once() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of what a CPU can record")
 def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
-    x, calls = torch.randn(64, 64), []
-    lines = record(lambda: calls.append(x @ x), tmp_path / "profile", torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0))
+    x, calls, cpu, least = torch.randn(64, 64), [], torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0)
+    begin(tmp_path / "profile", cpu)
+    done = recorded(lambda: calls.append(x @ x), cpu)
+    lines = write(done, tmp_path / "profile", least)
     assert len(calls) == 1
     assert "GEMMs" in lines[1] and any("neither bytes nor a floor" in line for line in lines)
     assert lines[1].split()[-3:] == ["-", "-", "-"]
@@ -114,7 +128,9 @@ def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
     assert any(event.get("name") == "aten::mm" for event in events)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"--profile cannot write into .*file"):
-        record(lambda: None, tmp_path / "file", torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0))
+        begin(tmp_path / "file", cpu)
+    with pytest.raises(BadInput, match=r"--profile cannot write into .*gone"):
+        write(recorded(lambda: x @ x, cpu), tmp_path / "gone", least)
 
 
 TINY = TrainConfig(
@@ -131,6 +147,20 @@ def test_a_run_profiles_one_step_and_goes_on(torch_texts: str) -> None:
     assert [record["step"] for record in records if record["kind"] == "step"] == [0, 1, 2, 3]
     names = {path.name for path in (base_dir() / "base_checkpoints" / "profiled" / "profile").iterdir()}
     assert names == {TRACE, TABLE} | ({"memory.pickle"} if torch.cuda.is_available() else set())
+
+
+def test_a_step_that_fails_is_no_failure_of_the_profile(torch_texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that cannot be read is an OSError too."""
+    real = Run.step
+
+    def step(self: Run) -> None:
+        if self.progress.step == 3:
+            raise OSError(errno.EIO, "shard 5")
+        real(self)
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(OSError, match="shard 5"):
+        train(replace(TINY, data=torch_texts))
 
 
 def test_a_run_too_short_to_be_profiled_is_refused(torch_texts: str) -> None:

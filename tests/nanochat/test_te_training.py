@@ -64,8 +64,28 @@ def test_without_the_engine_one_line_says_what_to_do() -> None:
 
 
 def test_engine_flags_need_the_engine() -> None:
-    with pytest.raises(BadInput, match="go with --precision te, not with bf16"):
-        choose_precision("bf16", "cpu", EngineOptions(recipe="current"))
+    for options, line in (
+        (EngineOptions("current"), "--recipe goes with --precision te, fp8 or fp8-emulated, not with bf16"),
+        (EngineOptions(head="te"), "the --te flags and --norm-weight go with --precision te, not with bf16"),
+        (EngineOptions(recompute_mlp=True), "--recompute-mlp goes with --precision fp8 or fp8-emulated, not with bf16"),
+    ):
+        with pytest.raises(BadInput, match=line):
+            choose_precision("bf16", "cpu", options)
+
+
+def test_auto_leaves_no_flag_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_precision("auto", "cpu", EngineOptions())[0].name == "fp32"
+    for options, line in (
+        (EngineOptions("blockwise"), "--recipe goes with .*fp8.*, and auto cannot take te here: it needs a CUDA device"),
+        (EngineOptions(weights="fp8"), "the --te flags .*, and auto cannot take te here: it needs a CUDA device"),
+        (EngineOptions(recompute_mlp=True), "--recompute-mlp goes with .*fp8.*, neither of which auto takes"),
+    ):
+        with pytest.raises(BadInput, match=line):
+            choose_precision("auto", "cpu", options)
+    pretend(monkeypatch, (9, 0), {})
+    assert choose_precision("auto", "cuda", EngineOptions("current"))[0].name == "te"
+    with pytest.raises(BadInput, match="neither of which auto takes"):
+        choose_precision("auto", "cuda", EngineOptions(recompute_mlp=True))
 
 
 @pytest.mark.parametrize(

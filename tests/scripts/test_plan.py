@@ -39,6 +39,7 @@ def test_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("--depth 12 --gpu a100 --state-dtype e4m3", "--state-dtype exp_avg=e4m3"),
         ("--depth 12 --gpu h100 --precision fp16", "invalid choice"),
         ("--gpu h100", "--depth"),
+        ("--depth 12 --gpu h100 --precision te --recompute-mlp", "--recompute-mlp goes with our own FP8 layers"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
