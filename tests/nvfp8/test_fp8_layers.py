@@ -9,20 +9,7 @@ import one_block
 import pytest
 import torch
 import torch.nn.functional as F
-from one_block import (
-    HIDDEN,
-    TOKENS,
-    WIDTH,
-    block,
-    decibels,
-    gradients,
-    inputs,
-    least_db,
-    least_db_of_output,
-    run,
-    run_attention,
-    truth,
-)
+from one_block import HIDDEN, TOKENS, WIDTH, block, decibels, gradients, inputs, least_db, run, run_attention, truth
 from torch import Tensor, nn
 
 from nvfp8 import reference, te
@@ -98,7 +85,7 @@ def test_forward_and_every_gradient(name: str, loss: Loss, emulated: bool) -> No
     weigh = given[3].requires_grad_()
     for when in ("first", "second", "third"):  # at first nothing is known of activations, nor of gradients but the loss's scale
         step(precision, made, given, loss)
-        assert weigh.grad is not None and decibels(weigh.grad, exact_out) > least_db_of_output(name), when
+        assert weigh.grad is not None and decibels(weigh.grad, exact_out) > one_block.least_db_of_output(name), when
         found = gradients(made, given)
         assert found.keys() == exact.keys()
         # Softmax's gradient is a difference from a mean, which costs those of q and k another dB.
