@@ -186,7 +186,7 @@ class TestRuns:
             assert bool(model.logits(ids[:, :-1]).isfinite().all()), "outside of FP8"
         fused, apart = results
         errors = {key: float((fused[key] - apart[key]).norm() / apart[key].norm()) for key in apart}
-        assert len(errors) == 1 + 4 * 4 + 2 and 0 < errors["transformer.h.0.attn.c_k.weight"]
+        assert len(errors) == 1 + 4 * 4 + 2 and errors["transformer.h.0.attn.c_k.weight"] > 0
         # A rounding to bf16 moves casts behind it to the next code now and then: less than FP8's own noise, 17 dB.
         assert max(errors.values()) < 0.14 and errors["loss"] < 2.0**-9, errors
 
