@@ -9,8 +9,8 @@ tensor twice, which a cache may serve. `of copy` is the rate of `must`, divided 
 same process. Milliseconds are medians of the GPU alone, with nothing of the tensors in its caches beforehand and amax at 0, so
 that raising it is in them.
 
-GEMMs have TFLOP/s instead, beside cuBLAS with a bf16 result (`torch._scaled_mm`), and beside cuBLAS followed by the pass that
-quantizes its result: what the fused kernel replaces. Two ways to do one thing are two lines.
+GEMMs have TFLOP/s instead, beside cuBLAS with a bf16 result (`torch._scaled_mm`), and beside cuBLAS followed by the pass over its
+result that the fused kernel replaces. Two ways to do one thing are two lines.
 """
 
 import argparse
@@ -129,22 +129,27 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
 
     x_q, w_q, dy_q, inverse = fp8(flat), fp8(random(hidden, d)), fp8(flat, E5M2), torch.tensor(1 / 64, device=device)
 
-    def cublas(left: Tensor, fast: bool) -> Callable[[], Tensor]:
-        one = torch.ones((), device=device)
-        return lambda: torch._scaled_mm(left, w_q.t(), scale_a=inverse, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    def cublas(left: Tensor, right: Tensor, fast: bool) -> Callable[[], Tensor]:
+        more: dict[str, Any] = {"scale_a": inverse, "scale_b": torch.ones((), device=device), "out_dtype": torch.bfloat16}
+        return lambda: torch._scaled_mm(left, right.t(), **more, use_fast_accum=fast)
 
+    of_qkv, angles = fp8(random(3 * d, d)), (cos, sin, (heads, heads))
+    product = partial(kernels.gemm_heads, x_q, of_qkv, inverse, *angles, *values, shape, torch.bfloat16, True)
+    yield Case(
+        "gemm_heads", (x_q, of_qkv, *looked_up), product, flops=6 * m * d * d, peer=cublas(x_q, of_qkv, True), after="heads_forward"
+    )
     flops = 2 * m * d * hidden
     for fast in (True, False) if device == "cuda" else (True,):
         named = "" if fast else ", promoted"
         yield Case(
             "gemm_relu_squared" + named, (x_q, w_q),
             partial(kernels.gemm_relu_squared, x_q, w_q, inverse, scale, E4M3, fast, amax),
-            flops=flops, peer=cublas(x_q, fast), after="relu_squared_quantize",
+            flops=flops, peer=cublas(x_q, w_q, fast), after="relu_squared_quantize",
         )  # fmt: skip
         yield Case(
             "gemm_relu_squared_backward" + named, (dy_q, w_q, a_t),
             partial(kernels.gemm_relu_squared_backward, dy_q, w_q, inverse, a_t, scale, scale, E5M2, fast, amax),
-            flops=flops, peer=cublas(dy_q, fast), after="relu_squared_backward_quantize",
+            flops=flops, peer=cublas(dy_q, w_q, fast), after="relu_squared_backward_quantize",
         )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.c_proj = precision.at("c_proj").linear(config.n_embd, config.n_embd)
         if config.has_value_embedding(layer):
             self.ve_gate = precision.gate(GATE_CHANNELS, config.n_kv_head)
-        self.qkv = joined.norm_linear(self.c_q, self.c_k, self.c_v)
+        self.qkv = joined.norm_linear(self.c_q, self.c_k, self.c_v, head_size=config.head_dim)
 
     def forward(
         self, x: Tensor | Pending, x0: Tensor, lambdas: Tensor, rotary: tuple[Tensor, Tensor], ids: Tensor,

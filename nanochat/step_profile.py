@@ -37,7 +37,13 @@ HISTORY = 200_000  # allocations and frees that the snapshot goes back
 
 _KERNEL = re.compile(r"^@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
 _FILES = {path.stem: _KERNEL.findall(path.read_text()) for path in Path(nvfp8.__path__[0], "kernels").glob("*.py")}
-_BY_FILE = {"gemm_fp8": "GEMMs", "symmetric": "GEMMs", "adamw": "optimizers' kernels", "muon": "optimizers' kernels"}
+_BY_FILE = {
+    "gemm_fp8": "GEMMs",
+    "gemm_heads_fp8": "GEMMs",
+    "symmetric": "GEMMs",
+    "adamw": "optimizers' kernels",
+    "muon": "optimizers' kernels",
+}
 OURS = {name: _BY_FILE.get(stem, "our Triton kernels") for stem, names in _FILES.items() for name in names}
 # After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
 # What ranks send each other is first of all: it waits for the slowest of them and for links that no peak is known of, so it has no

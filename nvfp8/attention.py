@@ -1,6 +1,7 @@
 """What happens between the q/k/v projections and the output projection: rotary, QK norm, value embedding, attention.
 
-`project_heads` is one kernel each way (rotary, norm and gate between one read and one write). `causal_attention` is exact
+`project_heads` is one kernel each way (rotary, norm and gate between one read and one write; forward, in FP8, the projections'
+GEMM too). `causal_attention` is exact
 on every backend; a window of w lets position t see t−w … t. Backends, best first:
 
 * `fa3`    FlashAttention 3 where `flash_attn_interface` is installed (Hopper, bf16): windows native.
@@ -28,7 +29,7 @@ from nvfp8 import cudnn_attention
 from nvfp8.embedding import TokenOrder, add_rows_to_gradient, token_order
 from nvfp8.hardware import missing
 from nvfp8.ops import ops
-from nvfp8.quantize import asked, hand_only
+from nvfp8.quantize import Deferred, asked, deferred, hand_only
 from nvfp8.scaling import Site
 
 BACKENDS = ("fa3", "cudnn", "sdpa", "plain")
@@ -39,8 +40,14 @@ class _ProjectHeads(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
         gate: Tensor | None, table: Tensor | None, ids: Tensor | None, order: TokenOrder | None, site: Site | None,
+        product: Deferred | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
+        if product is None:
+            q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
+        else:
+            q, k, v, rstd = product.site.kernels(qkv).gemm_heads(
+                product.x, product.w, product.inverse, cos, sin, heads, gate, table, ids, qkv.shape[:2], qkv.dtype, product.fast
+            )
         ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)  # the table too: autograd sees if it changes
         ctx.table, ctx.order, ctx.site, ctx.shape = table, order, site, qkv.shape
         return q, k, v
@@ -60,7 +67,7 @@ class _ProjectHeads(torch.autograd.Function):
             d_qkv = hand_only(ctx.shape, q.dtype, site, codes, codes_t)
         if ctx.table is not None and ctx.table.requires_grad:
             add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids))
-        return d_qkv, None, None, None, d_gate, None, None, None, None
+        return d_qkv, None, None, None, d_gate, None, None, None, None, None
 
 
 def project_heads(
@@ -70,7 +77,8 @@ def project_heads(
     """Rotary, QK norm (× 1.2) and value embedding; keeps q, k (which attention keeps anyway) and 1/rms for backward.
 
     Args:
-        qkv: (B, T, (H + 2K)·E) projections; where their layer asks for the gradient in FP8, it is written in FP8 only.
+        qkv: (B, T, (H + 2K)·E) projections; where their layer has left the GEMM to us, it is done here, once, in one kernel
+            with all else; where their layer asks for the gradient in FP8, it is written in FP8 only.
         cos: (T, E/2).
         sin: (T, E/2).
         heads: (H, K).
@@ -81,10 +89,14 @@ def project_heads(
 
     Returns:
         q (B, T, H, E), k and v (B, T, K, E), contiguous, qkv's dtype.
+
+    Raises:
+        RuntimeError: qkv stands in for a GEMM that was done before, or is a view of what does.
     """
     # Kernels address these by token alone; `tokens[:, :-1]` and the like have other strides.
     gate, ids = (None if t is None else t.contiguous() for t in (gate, ids))
-    return _ProjectHeads.apply(qkv, cos.contiguous(), sin.contiguous(), heads, gate, table, ids, order, asked(qkv))
+    angles = cos.contiguous(), sin.contiguous()
+    return _ProjectHeads.apply(qkv, *angles, heads, gate, table, ids, order, asked(qkv), deferred(qkv))
 
 
 @cache

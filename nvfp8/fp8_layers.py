@@ -2,7 +2,7 @@
 
 Between two GEMMs stands one kernel that reads bf16 and writes FP8, in the layouts the next GEMMs need:
 
-    forward     mix + norm + cast → QKV GEMM → (rotary, attention in bf16) → cast o → output GEMM
+    forward     mix + norm + cast → QKV GEMM with rotary and QK norm → (attention in bf16) → cast o → output GEMM
                 → add + norm + cast → fc GEMM with relu² and cast, a and aᵀ → projection GEMM → added by the next block's mix
     backward    each gradient leaves its kernel in FP8, dy for dgrad and dyᵀ for wgrad, made for the layer before (`quantize.py`)
 
@@ -28,8 +28,9 @@ from nvfp8 import scaling
 from nvfp8.hardware import missing
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
 from nvfp8.matmul import weight_gradient
-from nvfp8.quantize import Projection, Quantized, ask, asked, gradient, hand, measured, quantize
+from nvfp8.quantize import Deferred, Projection, Quantized, ask, asked, defer, gradient, hand, measured, quantize, stand_in
 from nvfp8.recipe import GEMMS, Recipe
+from nvfp8.reference_math import FUSED_HEADS
 from nvfp8.scaling import Site
 
 
@@ -134,8 +135,8 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, projection: Projection,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        deferring: bool, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Deferred | None]:  # fmt: skip
         ctx.projection, w, site = projection, projection.weight(), projection.x
         stream, normed, head, rstd = site.kernels(x).mix_norm_quantize(
             x, pending, x0, lambdas, width, site.scale, site.dtype, site.amax
@@ -143,13 +144,17 @@ class _NormLinear(torch.autograd.Function):
         ctx.save_for_backward(stream, x0, lambdas, rstd, w.t, w.inverse)
         ctx.pending, ctx.before = pending is not None, asked(pending)
         ctx.set_materialize_grads(False)
+        if deferring:
+            assert w.q is not None
+            product = Deferred(normed, w.q, site.inverse * w.inverse, site, projection.recipe.fprop.fast_accumulation)
+            return stream, x0, head, stand_in(torch.Size((*x.shape[:-1], len(w.q))), x.dtype, x.device), product
         out = projection.fprop(normed, site.inverse, w, x.dtype)
-        return stream, x0, head, out.view(*x.shape[:-1], -1)
+        return stream, x0, head, out.view(*x.shape[:-1], -1), None
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None
+        ctx: Any, d_stream: Tensor | None, d_x0: Tensor | None, d_head: Tensor | None, d_out: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         stream, x0, lambdas, rstd, w_t, w_inverse = ctx.saved_tensors
         projection: Projection = ctx.projection
@@ -166,15 +171,19 @@ class _NormLinear(torch.autograd.Function):
         )  # fmt: skip
         dx = _hand_dx(dx, ctx.before, q, t)
         weights = projection.wgrad(dy, normed_t, site.inverse)
-        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None, None, *weights
+        return dx, dx if ctx.pending else None, d_x0, d_lambdas, None, None, None, *weights
 
 
 class FP8NormLinear(NormLinear):
     """Residual mix, RMSNorm and several projections in one GEMM: one kernel in front of it, one behind it in backward."""
 
-    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: frozenset[str]):
-        """Join `projections`, all with the same in_features; their sizes together a multiple of 16."""
+    def __init__(self, *projections: Linear, recipe: Recipe, emulated: bool, in_bf16: frozenset[str], head_size: int):
+        """Join `projections`, all with the same in_features; their sizes together a multiple of 16.
+
+        With a `head_size` that fits, the GEMM is left to `attention.project_heads`, which must be the only one to read its result.
+        """
         super().__init__(*projections)
+        self.deferring = head_size in FUSED_HEADS
         _join(*projections)
         self.projections = _projections(projections, recipe, emulated, in_bf16, normed=True)
 
@@ -188,8 +197,10 @@ class FP8NormLinear(NormLinear):
         if projection.in_bf16:
             stream, branch, x0, head = mix(x, x0, lambdas, width)
             return stream, x0, head, _project(RMSNorm()(branch), projection)
-        mixed, x0, head, out = _NormLinear.apply(stream, pending, x0, lambdas, width, projection, *projection.weights)
-        return mixed, x0, head, ask(out, projection.dy)
+        mixed, x0, head, out, product = _NormLinear.apply(
+            stream, pending, x0, lambdas, width, projection, self.deferring, *projection.weights
+        )
+        return mixed, x0, head, ask(out if product is None else defer(out, product), projection.dy)
 
 
 class _MLP(torch.autograd.Function):

@@ -19,6 +19,7 @@ from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear, NormLinear, ReluSquaredMLP, RMSNorm
 from nvfp8.recipe import GEMMS, RECIPES, Recipe, covers
+from nvfp8.reference_math import FUSED_HEADS
 from nvfp8.te import as_run
 
 Projection = Linear | te_layers.TELinear
@@ -60,8 +61,14 @@ class Precision:
         """A projection of a few channels, never in a format that needs multiples of 16."""
         return Linear(in_features, out_features, self.matrix_dtype)
 
-    def norm_linear(self, *projections: Projection) -> JoinedProjections:
-        """Residual mix and norm in front of `projections`, which run as one GEMM."""
+    def norm_linear(self, *projections: Projection, head_size: int = 0) -> JoinedProjections:
+        """Residual mix and norm in front of `projections`, which run as one GEMM.
+
+        Args:
+            projections: made by this precision.
+            head_size: channels of a head, where they are q, k and v and `nvfp8.attention.project_heads` alone reads their result: a
+                layer may then leave its GEMM to that.
+        """
         return NormLinear(*cast(tuple[Linear, ...], projections))
 
     def mlp(self, width: int, hidden: int) -> MLP:
@@ -146,7 +153,7 @@ class TEPrecision(Precision):
         """`te.Linear`."""
         return te_layers.TELinear(in_features, out_features, self.recipe, self.matrix_dtype, self.weights == "fp8")
 
-    def norm_linear(self, *projections: Projection) -> JoinedProjections:
+    def norm_linear(self, *projections: Projection, head_size: int = 0) -> JoinedProjections:
         """`te.LayerNormLinear` behind the residual mix, or each projection by itself."""
         given = cast(tuple[te_layers.TELinear, ...], projections)
         if self.layers == "separate":
@@ -258,11 +265,12 @@ class FP8Precision(Precision):
             return FineLinear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16)
         return FP8Linear(in_features, out_features, self.recipe, self.matrix_dtype, self.emulated, in_bf16, normed)
 
-    def norm_linear(self, *projections: Projection) -> JoinedProjections:
-        """Residual mix, norm and projections in one GEMM."""
-        made = FineNormLinear if self._fine else FP8NormLinear
+    def norm_linear(self, *projections: Projection, head_size: int = 0) -> JoinedProjections:
+        """Residual mix, norm and projections in one GEMM; with one scale a tensor and a `head_size` that fits, the heads too."""
         given = cast(tuple[Linear, ...], projections)
-        return made(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16())
+        if self._fine:
+            return FineNormLinear(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16())
+        return FP8NormLinear(*given, recipe=self.recipe, emulated=self.emulated, in_bf16=self._in_bf16(), head_size=head_size)
 
     def mlp(self, width: int, hidden: int) -> MLP:
         """The MLP; with one scale a tensor relu² is inside its GEMMs."""
@@ -326,7 +334,8 @@ class FP8Precision(Precision):
         excepted = [gemms for name in self.made if (gemms := self.recipe.gemms_in_bf16(name))]
         mixed = sum(0 < len(self.recipe.gemms_in_bf16(name)) < len(GEMMS) for name in self.made - {"lm_head"})
         fused = {
-            "q, k, v": "norm and cast in one kernel, one FP8 GEMM",
+            "q, k, v": "norm and cast in one kernel, one FP8 GEMM, with rotary and QK norm in its epilogue if heads have "
+            + " or ".join(map(str, FUSED_HEADS)),
             "attention output": "FP8 GEMM, added to the stream by the MLP's norm",
             "MLP": "FP8 GEMMs, relu² and its derivative in their epilogues; added to the stream by the next block's mix"
             + (", relu² made again in backward" if self.recompute else ""),

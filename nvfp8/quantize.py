@@ -9,6 +9,8 @@ registers and can write both, if only it knows whom for. So:
   gradient tensor it returns to autograd (`hand`);
 * the first layer finds it there (`gradient`), and where it is missing casts by itself.
 
+Forward, the projections leave their GEMM to `attention.project_heads` by such a mark (`defer`): its epilogue does the heads.
+
 Autograd passes a gradient on as the very same tensor unless it adds others to it or casts it. A sum is a new tensor, or the old one
 with a higher version: so it is not possible to mistake part of a gradient for all of it. That is why the attachment is on the
 tensor rather than in a table or a second output with a gradient of its own, which autograd would deliver whatever was added
@@ -27,7 +29,7 @@ from nvfp8.matmul import fp8_matmul
 from nvfp8.recipe import Operand, Recipe
 from nvfp8.scaling import Site
 
-_ASKED, _HANDED = "fp8_asked", "fp8_handed"
+_ASKED, _HANDED, _DEFERRED = "fp8_asked", "fp8_handed", "fp8_deferred"
 
 
 class Quantized(NamedTuple):
@@ -79,6 +81,49 @@ def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, T
     return Quantized(*cast(scale, None), scale, inverse)
 
 
+class Deferred(NamedTuple):
+    """A product x·wᵀ of FP8 tensors that whoever reads it computes, with its own work in the GEMM's epilogue.
+
+    Attributes:
+        x: (M, K) FP8.
+        w: (N, K) FP8.
+        inverse: 0-D fp32, 1 / (scale of x · scale of w).
+        site: where x was cast.
+        fast: whether it sums in the tensor core's own 14 bits or so.
+    """
+
+    x: Tensor
+    w: Tensor
+    inverse: Tensor
+    site: Site
+    fast: bool
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for autograd to pass on where the numbers are elsewhere: one NaN, stretched, so to use it is an error to see."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def defer(x: Tensor, product: Deferred) -> Tensor:
+    """Attach a product to the `stand_in` for it."""
+    setattr(x, _DEFERRED, product)
+    return x
+
+
+def deferred(x: Tensor) -> Deferred | None:
+    """The product that x stands in for, or None where x is what it seems. It is taken off, so that nothing lives on with x.
+
+    Raises:
+        RuntimeError: it was taken before, or x is a view of what stands in for it.
+    """
+    product: Deferred | None = getattr(x, _DEFERRED, None)
+    if product is not None:
+        delattr(x, _DEFERRED)
+    elif x.numel() > 1 and not any(x.stride()):
+        raise RuntimeError("a deferred product can be read once, from the very tensor that a layer returned, not from a view of it")
+    return product
+
+
 def ask(x: Tensor, site: Site) -> Tensor:
     """Mark x: its gradient will be cast at `site`, so whoever computes it may do that too. Nothing without a scale beforehand."""
     if site.ready:
@@ -98,8 +143,8 @@ def hand(gradient: Tensor, site: Site, q: Tensor, t: Tensor) -> Tensor:
 
 
 def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor) -> Tensor:
-    """A gradient that exists in FP8 only. What autograd gets is one NaN, stretched: to use it as a gradient is an error to see."""
-    return hand(torch.full((), torch.nan, dtype=dtype, device=q.device).expand(shape), site, q, t)
+    """A gradient that exists in FP8 only: autograd gets what stands in for it."""
+    return hand(stand_in(shape, dtype, q.device), site, q, t)
 
 
 def gradient(dy: Tensor, site: Site, *, rows: bool = True, columns: bool = True) -> Quantized:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvfp8.reference_fp8 import add_norm_quantize as add_norm_quantize
 from nvfp8.reference_fp8 import amax_ as amax_
+from nvfp8.reference_fp8 import gemm_heads as gemm_heads
 from nvfp8.reference_fp8 import gemm_relu_squared as gemm_relu_squared
 from nvfp8.reference_fp8 import gemm_relu_squared_backward as gemm_relu_squared_backward
 from nvfp8.reference_fp8 import heads_backward_quantize as heads_backward_quantize
@@ -27,7 +28,7 @@ from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
 from nvfp8.reference_fp8 import softcap_cross_entropy_quantize as softcap_cross_entropy_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE
-from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, rotate, softcap_loss, wide
+from nvfp8.reference_math import heads_gradient, heads_values, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import equilibrating_scale as equilibrating_scale
@@ -183,12 +184,7 @@ def heads_forward(
     Returns:
         q (B, T, H, E), k (B, T, K, E), v (B, T, K, E), contiguous, and 1/rms of the rotated q and k (B, T, H + K) fp32.
     """
-    n_head, n_kv = heads
-    q_k, v = wide(qkv).unflatten(-1, (n_head + 2 * n_kv, -1)).split((n_head + n_kv, n_kv), dim=2)
-    normed, rstd = norm_forward(rotate(q_k, cos, sin))
-    q, k = (normed * QK_SCALE).split((n_head, n_kv), dim=2)
-    if gate is not None and table is not None and ids is not None:
-        v = v + wide(gate)[..., None] * wide(table[ids]).view_as(v)
+    q, k, v, rstd = heads_values(wide(qkv), cos, sin, heads, gate, table, ids)
     return q.to(qkv.dtype).contiguous(), k.to(qkv.dtype).contiguous(), v.to(qkv.dtype).contiguous(), rstd
 
 

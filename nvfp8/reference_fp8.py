@@ -1,4 +1,4 @@
-"""Twins of the kernels that write FP8: what stands between two GEMMs of a block, in the layouts those GEMMs need.
+"""Twins of the kernels that write or multiply FP8: what stands between two GEMMs of a block, in the layouts those GEMMs need.
 
 Hopper multiplies FP8 only "TN": both operands must lie with the summed axis contiguous. A forward GEMM sums over channels, a
 weight gradient over tokens, so a tensor that takes part in both is written twice, as (M, N) and as its transpose (N, M): the
@@ -15,7 +15,7 @@ dimension.
 import torch
 from torch import Tensor
 
-from nvfp8.reference_math import heads_gradient, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
+from nvfp8.reference_math import heads_gradient, heads_values, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
 from nvfp8.rounding import FORMATS
 
 
@@ -267,6 +267,35 @@ def heads_backward_quantize(
     """
     d_qkv, d_gate = heads_gradient(dq, dk, dv, q, k, rstd, cos, sin, None if gate is None else table, ids)
     return *_both(d_qkv, scale, dtype, amax), None if gate is None or d_gate is None else d_gate.to(gate.dtype)
+
+
+def gemm_heads(
+    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
+    gate: Tensor | None, table: Tensor | None, ids: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What attention reads, straight from a GEMM in FP8: as `nvfp8.reference.heads_forward` of x·wᵀ, but that is never rounded.
+
+    Args:
+        x_q: (B·T, D) FP8.
+        w_q: ((H + 2G)·E, D) FP8, the weights of q, k and v.
+        inverse_scale: 0-D fp32, 1 / (scale of x · scale of w).
+        cos: (T, E/2).
+        sin: (T, E/2).
+        heads: (H, G).
+        gate: (B, T, G), or None where the layer has no value embedding.
+        table: (V, G·E) value embedding, or None.
+        ids: (B, T) int64 rows of the table, or None.
+        shape: (B, T).
+        dtype: of q, k and v.
+        fast: as in `gemm_relu_squared`.
+
+    Returns:
+        q (B, T, H, E), k (B, T, G, E), v (B, T, G, E), contiguous, and 1/rms of the rotated q and k (B, T, H + G) fp32.
+    """
+    del fast
+    qkv = _product(x_q, w_q, inverse_scale).unflatten(0, shape)
+    q, k, v, rstd = heads_values(qkv, cos, sin, heads, gate, table, ids)
+    return q.to(dtype).contiguous(), k.to(dtype).contiguous(), v.to(dtype).contiguous(), rstd
 
 
 def gemm_relu_squared(

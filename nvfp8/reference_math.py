@@ -11,6 +11,8 @@ from torch import Tensor
 NORM_EPS = 2.0**-23
 # Queries and keys are sharpened after their norm: each carries the factor 1.2.
 QK_SCALE = 1.2
+# Channels of a head, of which a tile of a GEMM holds whole ones: so rotary and norm can be in its epilogue.
+FUSED_HEADS = 64, 128
 
 
 def wide(x: Tensor) -> Tensor:
@@ -51,6 +53,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = wide(cos)[:, None], wide(sin)[:, None]  # (T, 1, E/2): one rotation for all heads
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
+def heads_values(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`heads_forward` of a wide qkv before its results are rounded: q (B, T, H, E), k, v (B, T, K, E) and 1/rms (B, T, H + K)."""
+    n_head, n_kv = heads
+    q_k, v = qkv.unflatten(-1, (n_head + 2 * n_kv, -1)).split((n_head + n_kv, n_kv), dim=2)
+    normed, rstd = norm(rotate(q_k, cos, sin))
+    q, k = (normed * QK_SCALE).split((n_head, n_kv), dim=2)
+    if gate is not None and table is not None and ids is not None:
+        v = v + wide(gate)[..., None] * wide(table[ids]).view_as(v)
+    return q, k, v, rstd
 
 
 def heads_gradient(

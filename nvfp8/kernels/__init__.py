@@ -5,6 +5,7 @@ from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.cross_entropy_fp8 import softcap_cross_entropy_quantize
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
+from nvfp8.kernels.gemm_heads_fp8 import gemm_heads
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
@@ -37,6 +38,7 @@ __all__ = [
     "add_rows_",
     "amax_",
     "equilibrating_scale",
+    "gemm_heads",
     "gemm_relu_squared",
     "gemm_relu_squared_backward",
     "heads_backward",

@@ -41,19 +41,12 @@ def _gemm_relu_squared(
         factor *= 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale)
     largest = 0
     for tile in tl.range(tl.program_id(0), tile_rows * tile_columns, PROGRAMS, flatten=True):
-        group = tile // (GROUP * tile_columns)
-        rows = min(tile_rows - group * GROUP, GROUP)
-        m = (group * GROUP + (tile % (GROUP * tile_columns)) % rows) * BM
-        n = (tile % (GROUP * tile_columns)) // rows * BN
-        products = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            x = X.load([m, k])
-            w = W.load([n, k])
-            products = tl.dot(x, w.T, products, max_num_imprecise_acc=IMPRECISE)
-        left, right = _halves(products, BM, BN)
+        m, n = place(tile, tile_rows, tile_columns, GROUP, BM, BN)
+        products = product(X, W, m, n, K, IMPRECISE, BM, BN, BK)
+        left, right = halves(products, BM, BN)
         a_left, a_right = left, right
         if BACKWARD:  # one load for both halves: it is waited for
-            a_left, a_right = _halves(A_T.load([n, m]).T, BM, BN)
+            a_left, a_right = halves(A_T.load([n, m]).T, BM, BN)
         largest = _finish(left, a_left, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD, DTYPE)
         largest = _finish(right, a_right, OUT, OUT_T, factor, scale, largest, m, n + BN // 2, BACKWARD, DTYPE)
     if AMAX is not None:
@@ -61,7 +54,28 @@ def _gemm_relu_squared(
 
 
 @triton.jit
-def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+def place(tile, tile_rows, tile_columns, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """First row and first column of a tile, in the order in which tiles are walked."""
+    group = tile // (GROUP * tile_columns)
+    rows = min(tile_rows - group * GROUP, GROUP)
+    m = (group * GROUP + (tile % (GROUP * tile_columns)) % rows) * BM
+    return m, (tile % (GROUP * tile_columns)) // rows * BN
+
+
+@triton.jit
+def product(X, W, m, n, K, IMPRECISE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Rows m … and n … of two descriptors multiplied along the K columns of both: (BM, BN) fp32."""
+    products = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        x = X.load([m, k])
+        w = W.load([n, k])
+        products = tl.dot(x, w.T, products, max_num_imprecise_acc=IMPRECISE)
+    return products
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a tile (BM, BN): another name for registers, where a thread holds columns of both."""
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
 
 

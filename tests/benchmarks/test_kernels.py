@@ -34,6 +34,7 @@ ELEMENT = {
     "relu_squared_": 4 * (2 + 2),
     "relu_squared_quantize": 4 * (2 + 2),
     "relu_squared_backward_quantize": 4 * (2 + 1 + 2),
+    "gemm_heads": 1 + 6 + 2,
     "gemm_relu_squared": 1 + 4 * 2,
     "gemm_relu_squared_backward": 1 + 4 + 4 * 2,
 }
@@ -60,7 +61,7 @@ def test_bytes_are_those_of_the_tensors(name: str, counted: dict[str, tuple[Case
     }
     assert 0 <= must - ELEMENT[name] * m * d <= small.get(name.split("_")[0], 0)
     assert case.again in (0, 4 * m * d, 4 * m * d + 2 * m * GATE)
-    assert case.flops == (8 * m * d * d if "gemm" in name else 0)
+    assert case.flops == (0 if "gemm" not in name else 6 * m * d * d if "heads" in name else 8 * m * d * d)
 
 
 def test_no_case_is_uncounted(counted: dict[str, tuple[Case, int]]) -> None:

@@ -54,6 +54,7 @@ PEAKS = Peaks(bf16=1e12, fp8=2e12, bandwidth=1e11, memory=1, power=1, capability
         ("gloo:all_reduce", "communication"),
         ("_adamw", "optimizers' kernels"),
         ("_gemm_relu_squared", "GEMMs"),
+        ("_gemm_heads", "GEMMs"),
         ("aten::addmm", "GEMMs"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
     ],

@@ -160,6 +160,20 @@ def compile_fp8(kernels: Any) -> None:
                 for rows, columns in ((True, True), (True, False), (False, True)):
                     kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax, rows=rows, columns=columns)
                 kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, fast, amax)
+    if CAPABILITY >= 90:
+        compile_gemm_heads(kernels)
+
+
+def compile_gemm_heads(kernels: Any) -> None:
+    """Heads of both sizes, with and without a value embedding, as many of k and v as of q and fewer."""
+    one, e4m3, shape = torch.ones(()), torch.float8_e4m3fn, (2, 64)
+    x, ids = torch.zeros(128, 768, dtype=e4m3), torch.arange(128).view(shape)
+    for size, heads, fast, values in itertools.product((64, 128), ((6, 6), (6, 2)), (True, False), (True, False)):
+        n_kv = heads[1]
+        w, cos = torch.zeros((6 + 2 * n_kv) * size, 768, dtype=e4m3), torch.zeros(64, size // 2, dtype=torch.bfloat16)
+        gate, table = torch.zeros(*shape, n_kv, dtype=torch.bfloat16), torch.zeros(128, n_kv * size, dtype=torch.bfloat16)
+        embedded = (gate, table, ids) if values else (None, None, None)
+        kernels.gemm_heads(x, w, one, cos, cos, heads, *embedded, shape, torch.bfloat16, fast)
 
 
 def compile_adamw(kernels: Any) -> None:

@@ -26,6 +26,11 @@ def least_db(name: str) -> float:
     return -10 * math.log10(noise)
 
 
+def least_db_of_output(name: str) -> float:
+    """The same of what comes out of the block, which no gradient's rounding has been through."""
+    return _ROUNDING_DB[RECIPES[name].fprop.left.format] - 10 * math.log10(11)
+
+
 def widened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a recipe with blocks of weights a block as wide as they want it."""
     if RECIPES[name].fprop.right.scaling == "block128x128":
@@ -37,7 +42,8 @@ def block(precision: Precision, device: str = "cpu", table: bool = False) -> nn.
     """One transformer block's projections and MLP, with a value embedding if wanted, from the same values in every precision."""
     with torch.device(device):
         parts = {name: precision.linear(WIDTH, WIDTH) for name in ("c_q", "c_k", "c_v", "c_proj")}
-        joined = precision.norm_linear(parts["c_q"], parts["c_k"], parts["c_v"])
+        # Of a block with a table `project_heads` reads q, k and v, and nobody else (`run_attention`).
+        joined = precision.norm_linear(parts["c_q"], parts["c_k"], parts["c_v"], head_size=WIDTH // 4 if table else 0)
         last = precision.linear(WIDTH, WIDTH)
         following = {"last": last, "next": precision.norm_linear(last)}
         mlp, norm = precision.mlp(WIDTH, HIDDEN), precision.norm(WIDTH)
@@ -106,7 +112,9 @@ def decibels(value: Tensor, truth: Tensor) -> float:
 
 
 def truth(loss: Callable[[nn.ModuleDict, list[Tensor]], Tensor] = run) -> tuple[Tensor, dict[str, Tensor]]:
+    """What comes out of the block, which is the gradient of what weighs it, and all other gradients."""
     made, given = block(fp32(), table=loss is run_attention).double(), inputs("cpu", torch.float64)
-    out = loss(made, given)
-    out.backward()
-    return out, gradients(made, given)
+    given[3].requires_grad_()
+    loss(made, given).backward()
+    assert given[3].grad is not None
+    return given[3].grad, gradients(made, given)
