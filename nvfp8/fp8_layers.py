@@ -183,7 +183,7 @@ class FP8NormLinear(NormLinear):
         With a `head_size` that fits, the GEMM is left to `attention.project_heads`, which must be the only one to read its result.
         """
         super().__init__(*projections)
-        self.deferring = head_size in FUSED_HEADS
+        self.head_size = head_size
         _join(*projections)
         self.projections = _projections(projections, recipe, emulated, in_bf16, normed=True)
 
@@ -197,8 +197,9 @@ class FP8NormLinear(NormLinear):
         if projection.in_bf16:
             stream, branch, x0, head = mix(x, x0, lambdas, width)
             return stream, x0, head, _project(RMSNorm()(branch), projection)
+        deferring = self.head_size in FUSED_HEADS and _has_epilogues(projection.x, stream)
         mixed, x0, head, out, product = _NormLinear.apply(
-            stream, pending, x0, lambdas, width, projection, self.deferring, *projection.weights
+            stream, pending, x0, lambdas, width, projection, deferring, *projection.weights
         )
         return mixed, x0, head, ask(out if product is None else defer(out, product), projection.dy)
 
