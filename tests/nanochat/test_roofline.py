@@ -59,9 +59,10 @@ def test_efficiencies_are_those_of_the_profile() -> None:
 def test_polar_express_is_counted_as_muon_goes() -> None:
     """d24, the table in nvfp8/polar_express.py: 26.1 TFLOP by full products; on Hopper 96 squares by "half", 48 by "gram"."""
     full = Counted(Setup(GPTConfig.from_depth(24), bf16(), 1, capability=(8, 0)))
-    assert work(full, 1).polar == {"full": pytest.approx(26.1e12, rel=0.01)}
+    gates = {"small": 12 * 30 * 12**3}
+    assert work(full, 1).polar == {"full": pytest.approx(26.1e12, rel=0.01)} | gates
     polar = work(counted(24, "L", "bf16", 1), 1).polar
-    assert polar["half"] == 96 * 20 * 1536**3 and polar["gram"] == 48 * 47 * 1536**3
+    assert polar == {"half": 96 * 20 * 1536**3, "gram": 48 * 47 * 1536**3} | gates
     assert sum(polar.values()) == pytest.approx(15.1e12, rel=0.01)
     device = peaks("NVIDIA H100 80GB HBM3")
     assert device is not None
@@ -93,14 +94,13 @@ def test_what_a_recipe_leaves_in_bf16_is_counted_so(left: str, gemms: int, copie
 
 
 def test_gemms_that_backward_makes_again_are_counted() -> None:
-    """c_fc's, 2 · 4 D² FLOPs a token, of each layer that is fused: not of h.0, nor of h.1, of which one GEMM is in bf16."""
-    shape = GPTConfig.from_depth(6)
-    excepted = recipe("delayed", bf16=("h.0", "h.1.mlp.c_proj:wgrad"))
-    for asked, layers in ((recipe("delayed"), 6), (excepted, 4)):
-        once, again = (work(Counted(Setup(shape, fp8(asked, recompute=recompute), 4)), 4) for recompute in (False, True))
-        assert again.fp8 - once.fp8 == layers * 2 * 4 * shape.n_embd**2 * 4 * LENGTH
-        assert again.bf16 == once.bf16
-        assert again.moved - once.moved == layers * 7 * shape.n_embd * 4 * LENGTH
+    """c_fc's, 2 · 4 D² FLOPs a token and layer."""
+    shape, tokens = GPTConfig.from_depth(6), 4 * LENGTH
+    precisions = (fp8(recipe("delayed"), recompute=recompute) for recompute in (False, True))
+    once, again = (work(Counted(Setup(shape, each, 4)), 4) for each in precisions)
+    assert again.fp8 - once.fp8 == 6 * 2 * 4 * shape.n_embd**2 * tokens
+    assert again.bf16 == once.bf16
+    assert again.moved - once.moved == 6 * 7 * shape.n_embd * tokens
 
 
 def test_keys_are_those_a_query_sees() -> None:
