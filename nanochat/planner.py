@@ -168,14 +168,17 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
         attention: the backend.
 
     Raises:
-        BadInput: a shape that cannot be built, or rows that do not divide the batch.
+        BadInput: a shape that cannot be built, a recipe that does not fit it, or rows that do not divide the batch.
     """
     shape = config.shape(vocab_size)
     setup = Setup(
         shape, wanted.precision, 1, 2, wanted.formats, attention, config.deterministic, config.update_early,
         capability=where.peaks.capability,
     )  # fmt: skip
-    counted = Counted(setup)
+    try:
+        counted = Counted(setup)
+    except ValueError as error:
+        raise BadInput(f"--recipe: {error}") from error
     # A batch that any power of two of rows divides, for a first plan: it says how many tokens a step has.
     one = make_plan(replace(config, device_batch_size=1), counted.model, 1)
     if one.accumulation == 1 or config.update_early:

@@ -34,7 +34,7 @@ from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
 EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71}
-POLAR = {"full": 0.676, "half": 0.552, "gram": 0.552}  # of Muon's products, by the way it goes
+POLAR = {"full": 0.676, "half": 0.552, "gram": 0.552, "small": 0.676}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.

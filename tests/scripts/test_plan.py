@@ -39,6 +39,8 @@ def test_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("--depth 12 --gpu a100 --state-dtype e4m3", "--state-dtype exp_avg=e4m3"),
         ("--depth 12 --gpu h100 --precision fp16", "invalid choice"),
         ("--gpu h100", "--depth"),
+        ("--depth 12 --gpu h100 --precision fp8 --recipe delayed:bf16=h.12", "bf16=h.12 is no part of this model"),
+        ("--depth 2 --gpu h100 --precision fp8 --recompute-mlp --recipe delayed:bf16=h.0.mlp", "in FP8 as a whole"),
         ("--depth 12 --gpu h100 --precision te --recompute-mlp", "--recompute-mlp goes with our own FP8 layers"),
     ],
 )
