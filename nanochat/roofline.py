@@ -16,8 +16,8 @@ Measured, of a te run of d24 with 16 x 2048 tokens (8d89563), per micro-batch:
 | all else | 200 GB | 84.2 | 71 % of the bandwidth |
 
 GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 73.5 %. Polar Express by full products:
-67 % (26.1 TFLOP of d24 in 39 ms, H200), as the runs in MEASURED went; where half of symmetric products is computed, 55 % (18.3
-TFLOP in 33.5 ms, `benchmarks/muon.py` on an H100). The Gram form is taken to be as good as "half".
+67 % (26.1 TFLOP of d24 in 39 ms, H200), as the runs in MEASURED went; where half of symmetric products is computed, 54 %, in the
+Gram form 52 % (d24's squares in 13.0 ms, its 1:4 matrices in 15.8, `benchmarks/muon.py` on an H100).
 
 The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
@@ -34,7 +34,7 @@ from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
 EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71}
-POLAR = {"full": 0.676, "half": 0.552, "gram": 0.552, "small": 0.676}  # of Muon's products, by the way it goes
+POLAR = {"full": 0.676, "half": 0.542, "gram": 0.522, "small": 0.676}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.

@@ -16,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in Triton's interpreter
@@ -101,6 +102,9 @@ def torch_texts(tmp_path: Path) -> str:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what kernels' wrappers allocate with NaN, so an element that no program writes is seen."""
+    # `with torch.device(...)` lists the functions that it directs when it is first used: not those that stand in here, or whatever
+    # is made in such a block later on, in any test, lies on the CPU.
+    _device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
