@@ -29,9 +29,9 @@ from nvfp8.kernels import rounding
 from nvfp8.reference_optim import AdamWTensor
 
 BLOCK = 4096  # elements a program
-# A thread's: 3 programs of 256 threads share a multiprocessor's 65,536, so one computes while others load. H100, E4M3 moments, share
-# of a copy's rate with the cap and without: bf16+8 0.96, bf16 0.94, fp32 masters 0.80 and 0.68, bf16+16 0.89 and 0.91. Where it spills
-# much (int16 remainders, elements loaded one by one) there is none.
+# A thread's: 3 programs of 256 threads share a multiprocessor's 65,536, so one computes while others load. H100, E4M3 moments,
+# share of a copy's rate with the cap and without: bf16+8 0.96, bf16 0.94, fp32 masters 0.80 and 0.68, bf16+16 0.89 and 0.91. There
+# is none where it spills much: beside int16 remainders, and where elements are loaded one by one.
 REGISTERS = 80
 PLANS = 64  # 8 bytes a program each: 0.2 % of its 4096 elements at one byte each
 _TYPES = {
