@@ -60,7 +60,7 @@ def choose_precision(
     Args:
         name: one of PRECISIONS; "auto" takes the best this device has: Transformer Engine where `options` are given (it
             trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32. Our own FP8
-            layers it takes once they have been measured to be better: until then they must be asked for.
+            layers must be asked for until their loss over 100 M tokens has been measured.
         device_type: "cuda" or "cpu".
         options: for FP8.
         shape: tokens of a micro-batch and width, which "auto" respects; None where nothing is trained.
