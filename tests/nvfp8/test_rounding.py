@@ -109,8 +109,8 @@ def test_one_draw_gives_three_that_are_pairwise_independent() -> None:
 def test_four_neighbours_share_a_hash_and_are_pairwise_independent() -> None:
     drawn = draw(torch.zeros(1 << 20), key(3, 0, 0, 0))
     assert_uniform_and_pairwise_independent(drawn.view(-1, 4).unbind(1))
-    for part in three(drawn):  # what rounds neighbours' moments and weights
-        assert_uniform_and_pairwise_independent(part.view(-1, 4).unbind(1))
+    # What rounds four neighbours' moments and weights: all twelve.
+    assert_uniform_and_pairwise_independent([part for parts in three(drawn) for part in parts.view(-1, 4).unbind(1)])
     assert torch.equal(drawn[::4], random_bits(torch.arange(1 << 18), key(3, 0, 0, 0)))
     assert torch.equal(draw(torch.zeros(3, 7), 5).flatten(), draw(torch.zeros(40), 5)[:21]), "an element's place alone decides"
 
