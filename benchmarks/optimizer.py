@@ -2,7 +2,7 @@
 
     python -m benchmarks.optimizer --depth 12 [--precision bf16] [--steps 20]
     python -m benchmarks.optimizer --depth 12 --precision te [--recipe delayed] [--te-weights fp8] …
-    python -m benchmarks.optimizer --depth 24 --state-dtype e4m3 --master-weights bf16+8
+    python -m benchmarks.optimizer --depth 24 --state-dtype e4m3 --master-weights bf16+8 [--precision fp8]
 
 `ms` is from an idle GPU to an idle GPU, what a step of training pays. `host_ms` is until `step` returns: where it comes close to
 `ms`, the GPU waits for Python. Gradients are new tensors every step, as in training, with the dtype that backward gives them.
@@ -10,6 +10,9 @@
 `state_GiB` is all that the two keep between steps, `parameter_bytes` what a parameter of each takes in all: weight, what completes
 it, state and gradient. AdamW is one pass over memory: `adamw_gpu_ms` is its time on the GPU alone, `adamw_GB` what it must read and
 write, and `adamw_of_copy` the share of the copy rate measured beside it.
+
+With FP8 layers, whose copies of weights optimizers write, `<kind>_gpu_ms_with_copies` and `…_without_copies` are what they take on
+the GPU, and `cast_gpu_ms` what the layers take instead to cast all weights. All figures above are without copies.
 """
 
 import argparse
@@ -17,6 +20,8 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -26,9 +31,11 @@ from benchmarks.timing import WARM, copy_bandwidth, gpu_milliseconds
 from nanochat.adamw import AdamW
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.errors import BadInput, Parser, run
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership
+from nvfp8.quantize import Projection
+from nvfp8.scaling import Scaling
 from scripts.engine_flags import add_engine_flags, engine_options
 from scripts.state_flags import add_state_flags, state_formats
 
@@ -62,6 +69,36 @@ def bytes_moved(optimizer: AdamW) -> int:
     return total
 
 
+def beside_copies(
+    model: GPT, optimizers: Sequence[NamedOptimizer], steps: int, backward: Callable[[], None],
+    renew: Callable[[NamedOptimizer], None],
+) -> dict[str, float]:  # fmt: skip
+    """Milliseconds on the GPU of each optimizer with and without FP8 copies of weights, and of the layers' casts."""
+    parts = [part for module in model.modules() for part in getattr(module, "projections", ()) if isinstance(part, Projection)]
+    scaling, result = model.scaling, {}
+    if not isinstance(scaling, Scaling) or not any(part.w.remembers for part in parts):
+        return {}
+    for _ in range(2):  # the first step moves what starts from zero, and then every weight has a history
+        model.zero_grad()
+        backward()
+        scaling.update()
+        for optimizer in optimizers:
+            renew(optimizer)
+            optimizer.step()
+    with_history = scaling.seen
+    for what, seen in (("with", with_history), ("without", [False] * len(with_history))):
+        scaling.seen = seen
+        for optimizer in optimizers:
+            milliseconds = gpu_milliseconds(optimizer.step, steps, partial(renew, optimizer))
+            result[f"{optimizer.kind}_gpu_ms_{what}_copies"] = round(milliseconds, 3)
+    scaling.seen = with_history
+    weights = [weight for part in parts for weight in part.weights]
+    milliseconds = gpu_milliseconds(
+        lambda: [part.weight() for part in parts], steps, lambda: torch.autograd.graph.increment_version(weights)
+    )
+    return {**result, "cast_gpu_ms": round(milliseconds, 3)}
+
+
 def main() -> None:
     """Parse flags, run, print."""
     args = arguments()
@@ -74,7 +111,11 @@ def main() -> None:
     precision = formats.stored_by(precision, "cuda")
     model = build_model(config, precision, torch.device("cuda"))
     tokens = torch.randint(0, config.vocab_size, (1, config.sequence_len + 1), device="cuda")
-    model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+
+    def backward() -> None:
+        model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+
+    backward()
     dtypes = {name: p.grad.dtype for name, p in model.named_parameters() if p.grad is not None}
     all_groups = groups(model, config, weight_decay=0.28)
     adamw, muon = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, formats=formats)
@@ -113,6 +154,7 @@ def main() -> None:
     )
     result |= {"adamw_gpu_ms": round(milliseconds, 3), "adamw_GB": round(moved / 1e9, 3), "copy_GB_s": round(copy / 1e9)}
     result["adamw_of_copy"] = round(moved / (1e-3 * milliseconds) / copy, 3)
+    result |= beside_copies(model, (muon, adamw), args.steps, backward, renew)
     print(json.dumps({**result, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
 
 

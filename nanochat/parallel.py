@@ -193,7 +193,7 @@ def broadcast_parameters(parameters: Mapping[str, Tensor], owner: Mapping[str, i
     Raises:
         ValueError: a parameter is not contiguous, which a broadcast cannot write into.
     """
-    _, world = _world()
+    rank, world = _world()
     if world == 1:
         return
     pending = []
@@ -203,7 +203,8 @@ def broadcast_parameters(parameters: Mapping[str, Tensor], owner: Mapping[str, i
         pending.append(dist.broadcast(p.detach(), src=owner[name], async_op=True))
     for work in pending:
         work.wait()
-    torch.autograd.graph.increment_version(list(parameters.values()))  # no collective does
+    # No collective does. What a process owns has not changed: FP8 copies of it that its optimizer has written stay good.
+    torch.autograd.graph.increment_version([p for name, p in parameters.items() if owner[name] != rank])
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nvfp8.copies import Held
 from nvfp8.head import LinearCrossEntropy
 from nvfp8.layers import Linear
 from nvfp8.matmul import fp8_matmul
 from nvfp8.recipe import Operand, Recipe
-from nvfp8.scaling import Site
+from nvfp8.scaling import Site, scale_of
 
 _ASKED, _HANDED, _DEFERRED = "fp8_asked", "fp8_handed", "fp8_deferred"
 
@@ -189,12 +190,13 @@ class Projection:
         width = layers[0].weight.shape[1]
         kind = "normed" if normed else "activation"
         self.x = Site(f"the input of {label}", kind, recipe.fprop.left, emulated, width)  # type: ignore[arg-type]
-        self.w = Site(f"the weight of {label}", "weight", recipe.fprop.right, emulated)
+        both, w = not in_bf16 & {"fprop", "dgrad"}, recipe.fprop.right
+        self.w = Site(f"the weight of {label}", "copies" if both and w.scaling == "delayed" else "weight", w, emulated)
+        self.w.in_use = self._in_use
         what = f"the gradient that reaches {label}"
         of_loss = Operand("e5m2", "current")  # measured by nobody: the site knows its scale
         self.dy = Site(what, "logits", of_loss, emulated) if of_logits else Site(what, "gradient", recipe.dgrad.left, emulated)
-        self._cast_from: list[tuple[int, int, int]] = []
-        self._copies: Quantized | None = None
+        self._held: Held | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -210,17 +212,33 @@ class Projection:
     def weight(self) -> Quantized:
         """W (N, K) and Wᵀ (K, N) in FP8, cast when a parameter has changed: once a step, however many micro-batches it has.
 
-        Only the layouts that a GEMM in FP8 reads.
+        Not even then if an optimizer has written them (`copies.py`). Only the layouts that a GEMM in FP8 reads.
         """
-        cast_from = [(id(weight), weight.data_ptr(), weight._version) for weight in self.weights]
-        if self._copies is None or cast_from != self._cast_from:
-            self._copies = None  # its memory is taken again
-            parts = [weight.detach() for weight in self.weights]
+        if self._held is None or self.w.loaded is not None or not self._held.are_of(self.weights):
+            self._held = None  # its memory is taken again
+            self._held = self._cast()
+        held = self._held
+        return Quantized(held.q, held.t, held.scale, held.inverse)
+
+    @torch.inference_mode(False)  # they are written in place later
+    def _cast(self) -> Held:
+        parts, site, left = [weight.detach() for weight in self.weights], self.w, self.in_bf16
+        w = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if site.kind == "weight":
             # Its own amax, as a site without history; no margin, for nothing changes between measuring and casting.
-            w, left = torch.cat(parts) if len(parts) > 1 else parts[0], self.in_bf16
-            self._copies = quantize(w, self.w, rows="fprop" not in left, columns="dgrad" not in left)
-            self._cast_from = cast_from
-        return self._copies
+            return Held(self.weights, site, *quantize(w, site, rows="fprop" not in left, columns="dgrad" not in left))
+        # By the scale with which an optimizer would have written them, where it fits: a run that was resumed computes the same.
+        known, site.loaded = site.scale if site.loaded is None else site.loaded, None
+        site.kernels(w).amax_(w, site.amax.zero_())
+        scale = scale_of(site.amax, site.largest, torch.ones_like(site.amax))
+        if site.ready:
+            scale = torch.where(site.amax * known <= site.largest, known, scale)
+        q, t = site.kernels(w).quantize(w, scale, site.dtype, None, rows=True, columns=True)
+        return Held(self.weights, site, q, t, scale, scale.reciprocal())
+
+    def _in_use(self) -> Tensor | None:
+        held = self._held
+        return held.scale if held is not None and self.w.loaded is None and held.are_of(self.weights) else None
 
     def fprop(self, x: Tensor, inverse: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
         """X (M, K) FP8 · Wᵀ -> (M, N)."""

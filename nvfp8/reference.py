@@ -30,6 +30,7 @@ from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE
 from nvfp8.reference_math import heads_gradient, heads_values, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
+from nvfp8.reference_optim import Copies as Copies
 from nvfp8.reference_optim import adamw_ as adamw_
 from nvfp8.reference_optim import equilibrating_scale as equilibrating_scale
 from nvfp8.reference_optim import muon_descend_ as muon_descend_

@@ -13,8 +13,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nvfp8.reference_fp8 import quantize
 from nvfp8.rounding import FORMATS, draw, square_root, three
 from nvfp8.state import Stored, codec_of, read_weight, write_weight
+
+
+class Copies(NamedTuple):
+    """Where a matrix (r, c) is written in FP8 once it has been updated: what its layer's GEMMs read.
+
+    Attributes:
+        q: (r, c) contiguous FP8: its rows of a stacked weight's copy.
+        t: (c, r) FP8, columns side by side: its columns of the transpose.
+        scale: 0-D fp32, multiplies.
+        amax: 0-D fp32, raised to the largest magnitude of what is stored of the matrix.
+    """
+
+    q: Tensor
+    t: Tensor
+    scale: Tensor
+    amax: Tensor
+
+
+def _write_copies(weight: Tensor, copies: Copies | None) -> None:
+    if copies is not None:
+        q, t = quantize(weight, copies.scale, copies.q.dtype, copies.amax, rows=True, columns=True)
+        assert q is not None and t is not None
+        copies.q.copy_(q)
+        copies.t.copy_(t)
 
 
 class AdamWTensor(NamedTuple):
@@ -29,6 +54,7 @@ class AdamWTensor(NamedTuple):
         factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
         key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
         stochastic: whether bf16 is, too, or to nearest, as a parameter beside an fp32 master always is.
+        copies: where the parameter, a matrix with 128 dividing its rows, is written in FP8 too, or None.
     """
 
     parameter: Tensor
@@ -39,6 +65,7 @@ class AdamWTensor(NamedTuple):
     factors: tuple[float, float, float, float, float, float]
     key: int
     stochastic: bool
+    copies: Copies | None = None
 
 
 def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> None:
@@ -70,6 +97,7 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         for codec, stored, moment, bits in ((first, t.exp_avg, m, for_first), (second, t.exp_avg_sq, v, for_second)):
             codec.encode_(stored, moment, bits if t.stochastic or codec.blocked else None)
         write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)
+        _write_copies(t.parameter, t.copies)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -167,7 +195,7 @@ def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
 
 def muon_descend_(
     weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
-    keys: Sequence[int] | None = None,
+    keys: Sequence[int] | None = None, copies: Sequence[Copies | None] | None = None,
 ) -> None:  # fmt: skip
     """One step of n matrices along u = x·scale, decayed where u pulls the same way: w ← w − lr·u − lr_wd·w [u·w ≥ 0].
 
@@ -180,6 +208,7 @@ def muon_descend_(
         lr: learning rate.
         lr_wd: learning rate times weight decay.
         keys: n of 31 bits, for bf16 with int8 or nothing beside it.
+        copies: where each matrix is written in FP8 too, all in one format; None for those, or for all, that are not.
     """
     drawn = weights[0].dtype == torch.bfloat16 and (kept is None or kept.dtype == torch.int8)
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
@@ -189,6 +218,7 @@ def muon_descend_(
         u = _wide(x[i]) * scale[i]
         value = w - lr * u - lr_wd * w * (u * w >= 0)
         write_weight(weight, beside, value, draw(value, keys[i]) if drawn and keys is not None else None)
+        _write_copies(weight, None if copies is None else copies[i])
 
 
 def symmetric_product_(

@@ -14,7 +14,10 @@ an activation was cast with in forward is still there in backward.
 What is known without any history:
 * |x̂| ≤ √D after RMSNorm, so the scale 448/√D never saturates. E4M3's 3 bits of mantissa are the same over 2⁻⁶ … 448, so only what
   falls below matters: at D = 1,536 numbers under 0.0014, a thousandth of a normal distribution, and those err by 9e-5 at most.
-* A weight is cast once a step, so it can be measured: its scale is exact.
+* A weight is cast once a step, so it can be measured: its scale is exact. Where an optimizer writes its FP8 copies (`copies.py`),
+  the scale must be known before. So it comes from the history, with room for a weight to grow fourfold in a step, as those that
+  start from zero do at first. That costs 2 of the 15 powers of two that E4M3's normal numbers span: what is below 1.4e-4 of amax
+  loses bits, and nothing else does. Its amax is that of the copies, and stays until they are written again: every step enters it.
 * |softmax − onehot| ≤ 1, so the gradient of logits has a scale whatever the batch: 2¹⁵ (`nvfp8/fp8_head.py`).
 * The first gradients follow from the loss: a token's loss has a gradient of at most `loss_scale`, which is brought to 64, amid
   E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations, and gradients in E4M3, are measured until
@@ -23,7 +26,7 @@ What is known without any history:
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Literal, Protocol
@@ -37,9 +40,12 @@ from nvfp8.ops import ops
 from nvfp8.recipe import Operand, Recipe
 from nvfp8.rounding import FORMATS
 
-Kind = Literal["normed", "activation", "weight", "gradient", "logits"]
+# A weight's "copies" may be written by an optimizer, a "weight" is always cast by its layer.
+Kind = Literal["normed", "activation", "weight", "copies", "gradient", "logits"]
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FIRST_GRADIENT = 64
+# How much of the format's range copies of weights leave free: a weight that starts from zero doubles or trebles in a step.
+ROOM = 4.0
 # Of gradients of logits, which are at most 1: the largest power of two in E5M2's range, so that 1 is far from saturating.
 OF_LOGITS = 2.0**15
 # A scale this large still has a reciprocal that is no denormal number, which a GPU takes for 0.
@@ -111,6 +117,8 @@ class Site:
         scale: 0-D fp32 view of the model's state; multiplies.
         inverse: 0-D fp32 view, 1 / scale.
         amax: 0-D fp32 view, raised by whoever casts.
+        in_use: of copies, the scale of those that the next forward will read; None where it will cast anew.
+        loaded: of copies, what `in_use` was where the state was saved, until the next cast; it may be older than `scale`.
         measured: on the host, that a tensor was measured since `Scaling.enter` last looked; set by those who rely on it.
     """
 
@@ -123,6 +131,8 @@ class Site:
         self.what, self.kind, self.width, self.emulated = what, kind, width, emulated
         self.dtype, self.delayed = DTYPES[operand.format], operand.scaling == "delayed"
         self.owner: Scaling | None = None
+        self.in_use: Callable[[], Tensor | None] | None = None
+        self.loaded: float | None = None
         self.index, self.measured = 0, False
 
     @property
@@ -138,7 +148,7 @@ class Site:
     @property
     def remembers(self) -> bool:
         """Whether the scale is renewed from a history."""
-        return self.delayed and self.kind in ("activation", "gradient")
+        return self.delayed and self.kind in ("activation", "gradient", "copies")
 
     @property
     def ready(self) -> bool:
@@ -205,7 +215,9 @@ class Scaling:
         # On the CPU until a tensor is cast, whatever device a model is being made on.
         self.scale = torch.tensor([site.first or 1.0 for site in self.sites], device="cpu")
         self.history = torch.zeros(recipe.amax_history_len if self.delayed else 0, len(self.sites), device="cpu")
-        self._largest = torch.tensor([site.largest * 2.0**-recipe.margin for site in self.sites], device="cpu")
+        rooms = [2.0**recipe.margin * (ROOM if site.kind == "copies" else 1) for site in self.sites]
+        self._largest = torch.tensor([site.largest / room for site, room in zip(self.sites, rooms, strict=True)], device="cpu")
+        self._copies = torch.tensor([site.kind == "copies" for site in self.sites], dtype=torch.bool, device="cpu")
         self._renewed = torch.tensor([site.remembers for site in self.sites], dtype=torch.bool, device="cpu")
         self._loss_scale: float | None = None
 
@@ -227,7 +239,7 @@ class Scaling:
         # New tensors: views of the former must not change under a graph that still has them.
         self.history, self.scale = self.history.to(device, copy=True), _spaced(self.scale.to(device))
         self.inverse = _spaced(self.scale.reciprocal())
-        self._largest, self._renewed = self._largest.to(device), self._renewed.to(device)
+        self._largest, self._renewed, self._copies = (x.to(device) for x in (self._largest, self._renewed, self._copies))
         for index, site in enumerate(self.sites):
             site.amax, site.scale, site.inverse = self.amax[index], self.scale[index], self.inverse[index]
 
@@ -251,7 +263,7 @@ class Scaling:
         if not bad and self.delayed:
             self._renew(latest)
             self.seen = [before or amax > 0 for before, amax in zip(self.seen, amaxes, strict=True)]
-        self.amax.zero_()
+        self.forget()
         return bad
 
     @torch.no_grad()
@@ -281,18 +293,26 @@ class Scaling:
         self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
         self.inverse.copy_(self.scale.reciprocal())
 
+    @torch.no_grad()
     def forget(self) -> None:
-        """Drop the amaxes since the last update."""
+        """Drop the amaxes since the last update; those of weights' copies, which are still there, stay."""
         if self.amax is not None:
-            self.amax.zero_()
+            self.amax.masked_fill_(~self._copies, 0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Of delayed scaling, for each layer `scale` (k,) and `amax_history` (L, k) fp32; a scale of 0 stands for none yet."""
+        """Of delayed scaling, for each layer `scale` (k,) and `amax_history` (L, k) fp32; a scale of 0 stands for none yet.
+
+        Of a weight it is the scale by which the next forward computes.
+        """
         if not self.delayed:
             return {}
         # What is not renewed from a history is no state: it is known anyway.
         kept = [site.remembers and self.seen[site.index] for site in self.sites]
         scale = self.scale * torch.tensor(kept, device=self.scale.device)
+        for site in self.sites:
+            in_use = None if site.in_use is None else site.in_use()
+            if kept[site.index] and in_use is not None:
+                scale[site.index] = in_use
         parts: dict[str, Tensor] = {}
         for layer, part in self.layers.items():
             parts[f"{layer}.scale"] = scale[part]
@@ -304,7 +324,8 @@ class Scaling:
         """Take over what `state` returned elsewhere; without a history of its own, and from other precisions', do nothing.
 
         Amaxes are taken over, and scales made of them as this recipe says: another one, with other formats or another margin, has
-        made others. In the same recipe they come out as they were, bit for bit.
+        made others. In the same recipe they come out as they were, bit for bit. Of a layer where nothing but copies of weights is
+        remembered (a head) there may be none: earlier versions measured them.
 
         Raises:
             ValueError: it is of a model with other layers, or of another amax_history_len; the message says which.
@@ -313,6 +334,9 @@ class Scaling:
             return
         was, history = torch.zeros_like(self.scale), torch.zeros_like(self.history)
         for layer, part in self.layers.items():
+            alone = all(site.kind == "copies" or not site.remembers for site in self.sites[part])
+            if alone and f"{layer}.scale" not in saved and f"{layer}.amax_history" not in saved:
+                continue
             shapes = {"scale": (part.stop - part.start,), "amax_history": (len(history), part.stop - part.start)}
             for what, shape in shapes.items():
                 found = saved.get(f"{layer}.{what}")
@@ -326,9 +350,11 @@ class Scaling:
             scale = scale_of(amax, self._largest, scale)
         # Where a whole history is zeros, a scale of the steps before is left, which only the recipe that made it can use; it was
         # another one if any scale does not follow from its amaxes.
-        if bool((seen & known & (scale != was)).any()):
+        if bool((seen & known & (scale != was) & ~self._copies).any()):  # copies may be older than their history
             seen = seen & known
         self.seen = seen.tolist()
+        for site, each in zip(self.sites, was.tolist(), strict=True):
+            site.loaded = each if site.kind == "copies" and self.seen[site.index] else None
         self.scale, self.history, self._loss_scale = torch.where(seen, scale, self.scale), history, None
         if self.amax is not None:
             self._allocate(self.amax.device)

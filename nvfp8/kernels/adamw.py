@@ -13,6 +13,9 @@ compiler knows nothing, and would load element by element; ALIGNED says that 16 
 such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash serves
 four neighbours (`rounding.draw`), and of each both moments and the weight (`rounding.three`): with twelve, arithmetic would bound
 the kernel rather than memory.
+
+Of a matrix with FP8 copies a program takes 32 rows of 128 columns, as many blocks of 128, and writes the copies too: 128 bytes side
+by side in one, 32 in its transpose.
 """
 
 import math
@@ -26,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp8.kernels import rounding
+from nvfp8.kernels.fp8 import DTYPES, check_copies, store_copies
 from nvfp8.reference_optim import AdamWTensor
 
 BLOCK = 4096  # elements a program
@@ -38,12 +42,13 @@ _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
 }  # fmt: skip
-# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size. Then the int32 key and seven
-# fp32 factors, the last the root of the fourth: the table is read as each of the three types.
-_ROW = struct.Struct("<8qi7f")
+# int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size; 8 to 11: addresses of the FP8
+# copies q and t, their scale and amax; 12, 13: the matrix's columns and t's stride. Then the int32 key and seven fp32 factors, the
+# last the root of the fourth: the table is read as each of the three types.
+_ROW = struct.Struct("<14qi7f")
 _WORDS = tl.constexpr(_ROW.size // 8)
-_KEY = tl.constexpr(16)  # their place in a row, counted in 4 bytes
-_FACTORS = tl.constexpr(17)
+_KEY = tl.constexpr(28)  # their place in a row, counted in 4 bytes
+_FACTORS = tl.constexpr(29)
 
 
 @triton.jit
@@ -56,25 +61,24 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _read(
-    data, scales, at, size, block, TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr
+    data, scales, at, size, row, TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A moment's block in fp32, and the number next to 0 of each element's scale."""
+    """A moment's block in fp32, and the number next to 0 of each element's scale; `row` says which scales these are."""
     stored = tl.load(data + at, at < size, 0.0)
     if FORMAT is None:
         value = stored.to(tl.float32)
         least = value
     else:
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
-        row = block * ROWS + tl.arange(0, ROWS)
         scale = tl.load(scales + row, row * rounding.BLOCK < size, 0.0)
         value = rounding.decode(stored, scale, ROWS, ROOT)
-        least = tl.reshape(tl.broadcast_to((scale * FORMAT[2])[:, None], (ROWS, rounding.BLOCK)), (BLOCK,))
+        least = tl.reshape(tl.broadcast_to((scale * FORMAT[2])[:, None], (ROWS, rounding.BLOCK)), stored.shape)
     return value, least
 
 
 @triton.jit
 def _write(
-    data, scales, value, at, size, block, bits,
+    data, scales, value, at, size, row, bits,
     TYPE: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store a moment's block; beyond the tensor's end `value` must be 0."""
@@ -90,7 +94,6 @@ def _write(
         ROWS: tl.constexpr = BLOCK // rounding.BLOCK
         on_grid, scale = rounding.encode(value, bits, ROWS, FORMAT, ROOT)
         tl.store(data + at, on_grid.to(TYPE), at < size)
-        row = block * ROWS + tl.arange(0, ROWS)
         tl.store(scales + row, scale, row * rounding.BLOCK < size)
 
 
@@ -98,7 +101,8 @@ def _write(
 def _adamw(
     TABLE, KEYS, FACTORS, BLOCKS,
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
-    FIRST_FORMAT: tl.constexpr, SECOND_FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST_FORMAT: tl.constexpr, SECOND_FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(BLOCKS + 2 * tl.program_id(0))
     block = tl.load(BLOCKS + 2 * tl.program_id(0) + 1)
@@ -116,17 +120,29 @@ def _adamw(
     take1, take2, step_size, unbias2 = tl.load(factors), tl.load(factors + 1), tl.load(factors + 2), tl.load(factors + 3)
     eps, keep, root_unbias2 = tl.load(factors + 4), tl.load(factors + 5), tl.load(factors + 6)
 
-    at = block * BLOCK + tl.arange(0, BLOCK)
+    ROWS: tl.constexpr = BLOCK // rounding.BLOCK
+    if COPIES is None:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        scaled = block * ROWS + tl.arange(0, ROWS)
+        # Where nothing is rounded by them, the compiler drops them.
+        drawn = rounding.draw(block * BLOCK, key, BLOCK)
+    else:  # as many blocks that share a scale, one below the other
+        tiles = tl.load(row + 12).to(tl.int32) // rounding.BLOCK
+        columns = tiles * rounding.BLOCK
+        first_row, tile = block // tiles * ROWS, block % tiles
+        line, column = first_row + tl.arange(0, ROWS), tile * rounding.BLOCK + tl.arange(0, rounding.BLOCK)
+        at = line[:, None] * columns + column[None, :]
+        scaled = line * tiles + tile
+        drawn = rounding.draw_tile(first_row * columns + tile * rounding.BLOCK, columns, key, ROWS, rounding.BLOCK)
     mask = at < size
     g = tl.load(gradient + at, mask, 0.0).to(tl.float32)
-    m, least = _read(first, first_scales, at, size, block, FIRST, FIRST_FORMAT, False, BLOCK)
-    v, _ = _read(second, second_scales, at, size, block, SECOND, SECOND_FORMAT, True, BLOCK)
+    m, least = _read(first, first_scales, at, size, scaled, FIRST, FIRST_FORMAT, False, BLOCK)
+    v, _ = _read(second, second_scales, at, size, scaled, SECOND, SECOND_FORMAT, True, BLOCK)
     stored = tl.load(parameter + at, mask, 0)
     if REST is not None:
         rest = _pointer(row + 6, REST, ALIGNED) + at
         beside = tl.load(rest, mask, 0)
-    # Where nothing is rounded by them, the compiler drops them.
-    for_first, bits, for_second = rounding.three(rounding.draw(block * BLOCK, key, BLOCK))
+    for_first, bits, for_second = rounding.three(drawn)
 
     m += take1 * (g - m)
     v += take2 * (g * g - v)
@@ -142,11 +158,12 @@ def _adamw(
             counted = tl.maximum(v, least)
         counted = counted * root_unbias2
     step = step_size * (m * rounding.reciprocal(counted + eps))
-    _write(first, first_scales, m, at, size, block, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, BLOCK)
-    _write(second, second_scales, v, at, size, block, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, BLOCK)
+    _write(first, first_scales, m, at, size, scaled, for_first, FIRST, FIRST_FORMAT, False, STOCHASTIC, BLOCK)
+    _write(second, second_scales, v, at, size, scaled, for_second, SECOND, SECOND_FORMAT, True, STOCHASTIC, BLOCK)
 
     if tl.float32 == PARAMETER:
-        tl.store(parameter + at, stored * keep - step, mask)
+        value = stored * keep - step
+        tl.store(parameter + at, value, mask)
     else:
         EXTRA: tl.constexpr = 8 if tl.int8 == REST else 16 if tl.int16 == REST else 0
         if REST is None:
@@ -164,11 +181,19 @@ def _adamw(
             tl.store(rest, value, mask)
         elif EXTRA > 0:
             tl.store(rest, remainder.to(REST), mask)
+        value = rounding.join(top, tl.zeros_like(top), 0)
+    if COPIES is not None:
+        q, t, scale, amax = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+        across, rows = tl.load(row + 13).to(tl.int32), size // columns
+        if ALIGNED:
+            rows = rows // 16 * 16  # tells the compiler
+        exists = tl.broadcast_to((line < rows)[:, None], at.shape)
+        store_copies(q, t, scale, amax, across, value, line, column, at, exists, COPIES, ALIGNED)
 
 
 def _blocks(members: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """For each program the row of its tensor and its block there, (programs, 2) int32; `members` are rows and sizes."""
-    counts = torch.tensor([triton.cdiv(size, BLOCK) for _, size in members], device="cpu")
+    """For each program the row of its tensor and its block there, (programs, 2) int32; `members` are rows and numbers of blocks."""
+    counts = torch.tensor([count for _, count in members], device="cpu")
     first = counts.cumsum(0) - counts
     rows = torch.tensor([row for row, _ in members], device="cpu").repeat_interleave(counts)
     blocks = torch.arange(len(rows), device="cpu") - first.repeat_interleave(counts)
@@ -190,17 +215,25 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         assert size <= 2**31 - BLOCK, "inside a tensor, the kernel counts in int32"
         assert all(x is None or x.is_contiguous() for x in (t.parameter, *moments, t.rest)), "adamw_ writes contiguous memory"
         elements = (t.parameter, gradients[-1], t.exp_avg.data, t.exp_avg_sq.data, t.rest)
+        c, copied, programs, multiples = t.copies, [0] * 6, triton.cdiv(size, BLOCK), [size]
         assert all(x is None or x.numel() == size for x in elements), "state and gradient have the parameter's elements"
         blocks = triton.cdiv(size, rounding.BLOCK.value)
         assert all(s is None or s.numel() == blocks for s in (t.exp_avg.scale, t.exp_avg_sq.scale)), "a block has one scale"
         assert all(x is None or x.device == device for x in (*elements, *moments)), "what a launch is given lies on one device"
         addresses = [0 if x is None else x.data_ptr() for x in (*elements[:2], *moments, t.rest)]
+        if c is not None:
+            check_copies(c, t.parameter.shape)
+            (r, columns), stride, side = c.q.shape, c.t.stride(0), rounding.BLOCK.value
+            assert columns % side == 0, "a tile is of whole blocks that share a scale"
+            assert all(x.device == device for x in c), "what a launch is given lies on one device"
+            copied, programs = [*(x.data_ptr() for x in c), columns, stride], triton.cdiv(r, BLOCK // side) * (columns // side)
+            multiples = [r, stride, c.q.data_ptr(), c.t.data_ptr()]
         # Scales are few: they are loaded one by one wherever they are.
-        aligned = not size % 16 and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
-        rows.append(_ROW.pack(*addresses, size, t.key, *t.factors, math.sqrt(t.factors[3])))
+        aligned = not any(x % 16 for x in multiples) and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
+        rows.append(_ROW.pack(*addresses, size, *copied, t.key, *t.factors, math.sqrt(t.factors[3])))
         if size:
-            kinds = (*(None if x is None else x.dtype for x in elements), t.stochastic, aligned)
-            launches.setdefault(kinds, []).append((row, size))
+            dtypes = [None if x is None else x.dtype for x in (*elements, None if c is None else c.q)]
+            launches.setdefault((*dtypes, t.stochastic, aligned), []).append((row, programs))
     if not launches:
         return
     table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
@@ -208,7 +241,7 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         table = table.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
     with torch.cuda.device_of(tensors[0].parameter):  # Triton launches on the current one
         table = table.to(device, non_blocking=True)
-        for (parameter, gradient, first, second, rest, stochastic, aligned), members in launches.items():
+        for (parameter, gradient, first, second, rest, copy, stochastic, aligned), members in launches.items():
             plan = (device, *members)
             if plan not in plans:
                 if len(plans) == PLANS:
@@ -221,5 +254,6 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
                 PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
                 REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
                 SECOND_FORMAT=rounding.FORMATS.get(second),
-                STOCHASTIC=stochastic, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8, maxnreg=REGISTERS if capped else None,
+                STOCHASTIC=stochastic, ALIGNED=aligned, COPIES=DTYPES.get(copy), BLOCK=BLOCK, num_warps=8,
+                maxnreg=REGISTERS if capped else None,
             )  # fmt: skip

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from nvfp8.reference_optim import Copies
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # What a kernel calls the formats that PyTorch knows.
 DTYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -71,6 +73,30 @@ def raise_amax(AMAX, bits):
     Thousands of programs would queue at one address, so only who has more to say than an (old, never too large) look says it.
     """
     tl.atomic_max(AMAX, bits, mask=bits > tl.load(AMAX), sem="relaxed")
+
+
+@triton.jit
+def store_copies(q, t, scale, amax, stride, value, row, column, at, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write a tile of a weight in FP8 as it lies and transposed, as `nvfp8.reference_optim.Copies` says.
+
+    All but the tile are integers out of a table, `stride` the distance of columns in the transpose. value, at, mask: (R, C), the
+    numbers that are stored, their places in the matrix and whether they exist; row (R,), column (C,).
+    """
+    q, t = q.to(tl.pointer_type(DTYPE)), t.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        q, t, stride = tl.multiple_of(q, 16), tl.multiple_of(t, 16), stride // 16 * 16  # no hint holds for an argument
+    codes = to_fp8(value * tl.load(scale.to(tl.pointer_type(tl.float32))), DTYPE)
+    raise_amax(amax.to(tl.pointer_type(tl.int32)), largest_bits(tl.where(mask, value, 0.0)))
+    tl.store(q + at, codes, mask)
+    tl.store(t + (column[None, :] * stride + row[:, None]), codes, mask)
+
+
+def check_copies(copies: Copies, shape: torch.Size) -> None:
+    """Refuse what `store_copies` would not write rightly for a matrix of this shape."""
+    q, t = copies.q, copies.t
+    assert q.shape == t.shape[::-1] == shape and q.dtype == t.dtype, "copies are (r, c) and (c, r) in one format"
+    assert q.is_contiguous() and t.stride(1) == 1, "copies lie with the axis contiguous that a GEMM sums over"
+    assert t.stride(0) * len(t) < 2**31, "inside a matrix, kernels count in int32"
 
 
 def as_bits(amax: Tensor | None) -> Tensor | None:

@@ -10,6 +10,9 @@ updated and encoded with new scales in registers: no program needs another's max
 compiler knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
 Hyperparameters are fp32 arguments and shapes are plain integers (of the columns alone the compiler learns whether 16 divides
 them), so a schedule compiles nothing anew.
+
+Where layers keep FP8 copies of a weight, the second pass writes them too. Then the 4096 elements are a tile of 64 × 64, for a row
+of a transpose is a column of the matrix: 64 bytes side by side in both copies. Elements draw the same bits as without.
 """
 
 from collections.abc import Sequence
@@ -20,9 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp8.kernels import rounding
+from nvfp8.kernels.fp8 import DTYPES, check_copies, store_copies
+from nvfp8.reference_optim import Copies
 from nvfp8.rounding import BLOCK as SCALED
 
 BLOCK = 4096  # elements a program
+SIDE = tl.constexpr(64)  # of a tile of them: 64 bytes of a row or column in FP8, 128 in bf16
 
 
 @triton.jit
@@ -85,15 +91,29 @@ def of_rows(SCALE, ROWS, COLUMNS, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["ROWS"])
 def _muon_descend(
     WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
-    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     NARROW: tl.constexpr = tl.int16 == TYPE  # bf16 weights are read and written as bits
     matrix = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < ROWS * COLUMNS
+    if COPIES is None:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < ROWS * COLUMNS
+    else:
+        if ALIGNED:
+            ROWS = ROWS // 16 * 16  # tells the compiler; no hint holds for an argument
+        tiles = tl.cdiv(COLUMNS, SIDE)
+        first_row, first_column = tl.program_id(0) // tiles * SIDE, tl.program_id(0) % tiles * SIDE
+        row, column = first_row + tl.arange(0, SIDE), first_column + tl.arange(0, SIDE)
+        at = row[:, None] * COLUMNS + column[None, :]
+        mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
     weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
-    if BY_ROW:
+    if COPIES is not None:
+        if BY_ROW:
+            scale = tl.load(SCALE + matrix * ROWS + row, row < ROWS, 0.0)[:, None]
+        else:
+            scale = tl.load(SCALE + matrix * COLUMNS + column, column < COLUMNS, 0.0)[None, :]
+    elif BY_ROW:
         scale = of_rows(SCALE + matrix * ROWS, ROWS, COLUMNS, WHOLE, BLOCK)
     else:
         scale = tl.load(SCALE + matrix * COLUMNS + at % COLUMNS, mask, 0.0)
@@ -101,11 +121,12 @@ def _muon_descend(
     if MASTERED:
         w = rounding.written(tl.load(weight, mask, 0), tl.load(KEPT + start + at, mask, 0.0))
     elif NARROW:
+        stored = tl.load(weight, mask, 0)
         if EXTRA > 0:
             rest = tl.load(KEPT + start + at, mask, 0)
         else:
-            rest = tl.zeros((BLOCK,), tl.int32)
-        w = rounding.join(tl.load(weight, mask, 0), rest, EXTRA)
+            rest = tl.zeros_like(stored)
+        w = rounding.join(stored, rest, EXTRA)
     else:
         w = tl.load(weight, mask, 0.0)
     w = w - LR * u - tl.where(u * w >= 0, LR_WD * w, 0.0)
@@ -113,24 +134,45 @@ def _muon_descend(
         if MASTERED:
             bits = rounding.nearest(w)
             tl.store(KEPT + start + at, w, mask)
-        elif EXTRA < 16:
+        elif EXTRA == 16:
+            bits = at  # nothing is cut off
+        elif COPIES is None:
             bits = _bits(WEIGHTS, matrix, BLOCK)
         else:
-            bits = at  # nothing is cut off
+            key = tl.load(WEIGHTS + tl.num_programs(1) + matrix)
+            bits = rounding.draw_tile(first_row * COLUMNS + first_column, COLUMNS, key, SIDE, SIDE)
         upper, rest = rounding.split(w, bits, EXTRA)
         tl.store(weight, upper.to(tl.int16), mask)
         if EXTRA > 0:
             tl.store(KEPT + start + at, rest.to(KEPT.dtype.element_ty), mask)
+        w = rounding.join(upper, tl.zeros_like(upper), 0)
     else:
         tl.store(weight, w, mask)
+    if COPIES is not None:
+        n = tl.num_programs(1)
+        copies = WEIGHTS + 2 * n + matrix
+        q = tl.load(copies)
+        if q != 0:
+            t, by, amax, stride = tl.load(copies + n), tl.load(copies + 2 * n), tl.load(copies + 3 * n), tl.load(copies + 4 * n)
+            store_copies(q, t, by, amax, stride.to(tl.int32), w, row, column, at, mask, COPIES, ALIGNED)
 
 
-def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None) -> tuple[Tensor, bool]:
-    """The addresses of contiguous tensors and the keys behind them, on their device; and whether 16 divides all addresses."""
+def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None, copies: Sequence[Copies | None] = ()) -> tuple[Tensor, bool]:
+    """The addresses of contiguous tensors and the keys behind them, on their device; and whether 16 divides all addresses.
+
+    With copies five more columns: addresses of q, t, scale and amax, and t's stride; 0 where there is none. 16 must divide the
+    stride and the tensors' rows too.
+    """
     addresses, first = [t.data_ptr() for t in tensors], tensors[0]
     assert keys is None or len(keys) == len(addresses), "a matrix has one key"
-    table = torch.tensor([*addresses, *(keys or ())], dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
-    return table.to(first.device, non_blocking=True), all(address % 16 == 0 for address in addresses)
+    columns, multiples = [addresses, list(keys or ())], list(addresses)
+    if copies:
+        rows = [(0,) * 5 if c is None else (*(x.data_ptr() for x in c), c.t.stride(0)) for c in copies]
+        q, t, scale, amax, stride = (list(column) for column in zip(*rows, strict=True))
+        columns = [addresses, list(keys or (0,) * len(addresses)), q, t, scale, amax, stride]
+        multiples += [*q, *t, *stride, len(first)]
+    table = torch.tensor([x for column in columns for x in column], dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
+    return table.to(first.device, non_blocking=True), all(x % 16 == 0 for x in multiples)
 
 
 def on_one_device(x: Tensor, *others: Tensor | None) -> None:
@@ -171,7 +213,7 @@ def muon_nesterov_(
 
 def muon_descend_(
     weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
-    keys: Sequence[int] | None = None,
+    keys: Sequence[int] | None = None, copies: Sequence[Copies | None] | None = None,
 ) -> None:  # fmt: skip
     """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
     narrow = weights[0].dtype == torch.bfloat16
@@ -184,9 +226,18 @@ def muon_descend_(
     extra = 0 if kept is None or mastered else 8 * kept.element_size()
     drawn = narrow and not mastered and extra < 16
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
-    table, aligned = _table(weights, keys if drawn else None)
+    written = [c for c in copies or () if c is not None]
+    for c in written:
+        on_one_device(x, *c)
+        check_copies(c, x.shape[1:])
+        assert c.q.dtype == written[0].q.dtype and x.shape[2] % 4 == 0, "copies are in one format, and of rows of fours"
+    table, aligned = _table(weights, keys if drawn else None, copies if copies and written else ())
+    programs, n = grid(x)
+    if written:
+        programs = triton.cdiv(x.shape[1], SIDE.value) * triton.cdiv(x.shape[2], SIDE.value)
     with torch.cuda.device_of(x):
-        _muon_descend[grid(x)](
+        _muon_descend[(programs, n)](
             table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
-            mastered, extra, BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0, BLOCK=BLOCK, num_warps=8,
+            mastered, extra, BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0,
+            COPIES=DTYPES[written[0].q.dtype] if written else None, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

@@ -38,12 +38,24 @@ def random_bits(index, key):
 @triton.jit
 def draw(first, key, COUNT: tl.constexpr):
     """32 random bits (uint32) for each of COUNT elements from `first` on, a multiple of 4: a hash serves four neighbours."""
-    bits = random_bits(first // 4 + tl.arange(0, COUNT // 4), key)
+    return tl.reshape(_four(random_bits(first // 4 + tl.arange(0, COUNT // 4), key)), (COUNT,))
+
+
+@triton.jit
+def draw_tile(first, stride, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As `draw`, for a tile of a matrix: from its element `first` on, rows of `stride` elements, all multiples of 4."""
+    quads = first // 4 + tl.arange(0, ROWS)[:, None] * (stride // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+    return tl.reshape(_four(random_bits(quads, key)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _four(bits):
+    """Four draws of each hash, on two more axes."""
     second, third, fourth = bits * OTHERS[0], bits * OTHERS[1], bits * OTHERS[2]
     second ^= second >> 15
     third ^= third >> 15
     fourth ^= fourth >> 15
-    return tl.reshape(tl.join(tl.join(bits, third), tl.join(second, fourth)), (COUNT,))
+    return tl.join(tl.join(bits, third), tl.join(second, fourth))
 
 
 @triton.jit
@@ -92,7 +104,7 @@ def square_root(value):
 
 @triton.jit
 def encode(value, bits, ROWS: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.constexpr):
-    """(ROWS * BLOCK,) fp32 -> the same on the FP8 grid, and (ROWS,) scales; lanes beyond a tensor's end must hold 0.
+    """ROWS * BLOCK fp32 numbers -> the same on the FP8 grid, and (ROWS,) scales; lanes beyond a tensor's end must hold 0.
 
     With ROOT, `value` holds the roots already. Magnitudes are compared as integers, among which NaN is the largest: scales show it.
     """
@@ -103,15 +115,15 @@ def encode(value, bits, ROWS: tl.constexpr, FORMAT: tl.constexpr, ROOT: tl.const
     normal = scale > 1.1754943508222875e-38
     inverse = tl.where(normal, reciprocal(scale), 0.0)
     scale = tl.where(normal, scale, tl.where(scale < float("inf"), 0.0, scale))
-    scaled = tl.reshape(tl.reshape(value, (ROWS, BLOCK)) * inverse[:, None], (ROWS * BLOCK,))
+    scaled = tl.reshape(tl.reshape(value, (ROWS, BLOCK)) * inverse[:, None], value.shape)
     return to_grid(scaled, bits, FORMAT, ROOT), scale
 
 
 @triton.jit
 def decode(stored, scale, ROWS: tl.constexpr, ROOT: tl.constexpr):
-    """(ROWS * BLOCK,) FP8 and (ROWS,) scales -> fp32."""
+    """ROWS * BLOCK numbers in FP8 and (ROWS,) scales -> fp32, in the shape they have."""
     value = tl.reshape(stored.to(tl.float32), (ROWS, BLOCK)) * scale[:, None]
-    value = tl.reshape(value, (ROWS * BLOCK,))
+    value = tl.reshape(value, stored.shape)
     if ROOT:
         value = value * value
     return value

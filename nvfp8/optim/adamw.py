@@ -12,6 +12,7 @@ rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 
 its gradient in bf16.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 from nvfp8.ops import ops
 from nvfp8.optim.shards import local
 from nvfp8.optim.stored import StoredOptimizer
-from nvfp8.reference_optim import AdamWTensor
+from nvfp8.reference_optim import AdamWTensor, Copies
+from nvfp8.rounding import BLOCK
 from nvfp8.state import Master
 
 
@@ -69,14 +71,18 @@ class AdamW(StoredOptimizer):
             moments = {what: self._codec(group, what).allocate(part.shape, part.device) for what in self.coded}
             self._keep(p, moments, kept.allocate(part))
 
-    def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
+    def _writes_copies(self, parameter: Tensor) -> bool:
+        # A tile of a transpose must be whole blocks of elements that share a scale.
+        return super()._writes_copies(parameter) and parameter.ndim == 2 and parameter.shape[1] % BLOCK == 0
+
+    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
         by_device: dict[torch.device, list[AdamWTensor]] = {}
         for p, gradient in given:
-            by_device.setdefault(p.device, []).append(self._tensor(p, gradient))
+            by_device.setdefault(p.device, []).append(self._tensor(p, gradient, written.get(p)))
         for tensors in by_device.values():
             ops(tensors[0].parameter).adamw_(tensors, self._plans)
 
-    def _tensor(self, p: Tensor, gradient: Tensor) -> AdamWTensor:
+    def _tensor(self, p: Tensor, gradient: Tensor, copies: Copies | None) -> AdamWTensor:
         group = self._group_of[p]
         beta1, beta2 = group["betas"]
         lr, steps = float(group["lr"]), self._steps(p)
@@ -84,4 +90,4 @@ class AdamW(StoredOptimizer):
             1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
         )  # fmt: skip
         first, second = (self._stored(p, what) for what in self.coded)
-        return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"])
+        return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"], copies)

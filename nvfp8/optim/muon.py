@@ -19,7 +19,7 @@ Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace:
     sums of squares of rows; rows scaled              2; 2 + 2                   6
     Polar Express, beside its GEMMs' operands         "full" 5 (X copied into the GEMM's output) x 4 = 20, "half" and "gram" none
     sums of squares for NorMuon                       2                          2
-    descend, one kernel                               x 2, and the weight twice
+    descend, one kernel                               x 2, and the weight twice; 2 for FP8 copies where a layer has them
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
     weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
 By "half" and "gram" 32 in all where all is fp32, 24 with an e4m3 momentum and bf16+8 weights, and 20 more by "full"; with bf16
@@ -33,7 +33,7 @@ a chunk), by "gram" 27 and 54 MiB (18 and 9).
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from torch import Tensor
 from nvfp8.ops import ops
 from nvfp8.optim.stored import StoredOptimizer
 from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.reference_optim import Copies
 from nvfp8.state import Master, Stored
 
 _MOMENTUM = 4  # what a key is for: a weight is rounded in a kernel of its own, by another one
@@ -190,7 +191,7 @@ class Muon(StoredOptimizer):
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return fastest_products(r, c, self.compute_dtype, capability)
 
-    def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
         gradients = dict(given)
         for stack in self._stacks:
             n, size = len(stack.params), self._chunk(stack)
@@ -200,10 +201,11 @@ class Muon(StoredOptimizer):
                 while end < min(n, start - start % size + size) and stack.params[end] in gradients:
                     end += 1
                 if end > start:
-                    self._descend(stack, slice(start, end), [gradients[p] for p in stack.params[start:end]])
+                    params = stack.params[start:end]
+                    self._descend(stack, slice(start, end), [gradients[p] for p in params], [written.get(p) for p in params])
                 start = max(end, start + 1)
 
-    def _descend(self, stack: _Stack, part: slice, gradients: list[Tensor]) -> None:
+    def _descend(self, stack: _Stack, part: slice, gradients: list[Tensor], copies: list[Copies | None]) -> None:
         """One step of the matrices `part` of a stack."""
         self._adopt(stack, part)
         group, params = stack.group, stack.params[part]
@@ -218,4 +220,4 @@ class Muon(StoredOptimizer):
         lr = float(group["lr"]) * math.sqrt(max(1, r / c))
         kept = None if stack.kept is None else stack.kept[part]
         keys = [self._key(p) for p in params] if params[0].dtype == torch.bfloat16 else None
-        passes.muon_descend_([p.detach() for p in params], kept, x, scale, lr, lr * group["weight_decay"], keys)
+        passes.muon_descend_([p.detach() for p in params], kept, x, scale, lr, lr * group["weight_decay"], keys, copies)

@@ -16,6 +16,8 @@ What is rounded stochastically draws its bits from (seed, step, parameter's name
 their distribution over processes changes a run. Parameters without names are called by their place, "<group>.<position>". The seed
 is an option of a group and saved with it.
 
+Layers in FP8 read copies of their weights, which an update writes too where it may (`nvfp8/copies.py`).
+
 Parameters of FSDP2 are DTensors: each process updates its own shard, and state is DTensors too (`nvfp8/optim/shards.py`), which
 torch.distributed.checkpoint saves, loads and reshards.
 """
@@ -28,8 +30,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from nvfp8 import hardware, rounding
+from nvfp8 import copies, hardware, rounding
 from nvfp8.optim.shards import beside, local, local_gradient, local_scales, placed, scales_beside, which
+from nvfp8.reference_optim import Copies
 from nvfp8.state import STATE_DTYPES, Codec, Master, Stored, codec, codec_of, master, read_weight, write_weight
 
 # What a key is for: a step's update, or from here on the conversion of each coded state and of the weight.
@@ -206,12 +209,18 @@ class StoredOptimizer(torch.optim.Optimizer):
         given = [(p, local_gradient(p, g)) for p in parameters if (g := self.gradient(p)) is not None]
         if given:
             torch._foreach_add_([self.state[p]["step"] for p, _ in given], 1)
-            self._update(given)
+            written = copies.begin((p for p, _ in given if self._writes_copies(p)), self._names)
+            self._update(given, written)
             torch.autograd.graph.increment_version([p for p, _ in given])
+            copies.finish(written)
         return len(given)
 
-    def _update(self, given: list[tuple[Tensor, Tensor]]) -> None:
-        """Update parameters, each with its local gradient; their steps count this one."""
+    def _writes_copies(self, parameter: Tensor) -> bool:
+        """Whether an update can write a layer's FP8 copies of the parameter."""
+        return not placed(parameter)
+
+    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
+        """Update parameters, each with its local gradient, and write FP8 copies of some; their steps count this one."""
         raise NotImplementedError
 
     # From one format to another

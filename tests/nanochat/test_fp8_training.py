@@ -110,7 +110,7 @@ def test_names_are_those_of_bf16_and_casts_have_names() -> None:
     layers = [
         f"transformer.h.{i}.{part}" for i in range(3) for part in (("attn.qkv", "mlp.c_proj") if i == 1 else ("attn.qkv", "mlp"))
     ]
-    assert list(scaling.layers) == layers
+    assert list(scaling.layers) == [*layers, "lm_head"]
     assert scaling.names[:4] == [
         "the input of transformer.h.0.attn.qkv", "the weight of transformer.h.0.attn.qkv",
         "the gradient that reaches transformer.h.0.attn.qkv", "the input of transformer.h.0.mlp.c_fc",
@@ -236,7 +236,7 @@ class TestRuns:
         train_on_two_ranks(config)
         train(replace(config, deterministic=True, model_tag="one"))
         one, two = ({k: v for k, v in saved(tag, 1).items() if k.startswith("scaling")} for tag in ("one", "two"))
-        assert one.keys() == two.keys() and len(one) == 2 * 3 * config.depth
+        assert one.keys() == two.keys() and len(one) == 2 * (3 * config.depth + 1)
         assert [key for key in one if not torch.equal(one[key], two[key])] == []
 
     def test_a_history_of_another_length_is_refused(self, config: TrainConfig) -> None:

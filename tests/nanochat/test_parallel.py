@@ -70,7 +70,10 @@ def train(params: dict[str, torch.nn.Parameter], made: list[dict[str, Any]], ran
             optimizer.step()
         for p in params.values():
             p.grad = None
+        before = {name: p._version for name, p in params.items()}
         parallel.broadcast_parameters(params, owner)
+        # What was received is another version; what was sent is not, or its FP8 copies would have to be made again.
+        assert all((p._version > before[name]) == (world > 1 and owner[name] != rank) for name, p in params.items())
     return norms
 
 

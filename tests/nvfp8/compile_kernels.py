@@ -126,6 +126,7 @@ def compile_fp8(kernels: Any) -> None:
     """Every kernel that writes FP8, in E4M3 and in E5M2, with and without an amax and what else may be left out."""
 
     one, lambdas, e4m3, e5m2 = torch.ones(()), torch.ones(2), torch.float8_e4m3fn, torch.float8_e5m2
+    compile_copies(kernels)
     for width, dtype, amax in ((768, e4m3, torch.zeros(())), (1536, e5m2, torch.zeros(())), (1536, e5m2, None)):
         x, rstd = torch.zeros(2, 64, width, dtype=torch.bfloat16), torch.ones(2, 64)
         flat = x.view(128, width)
@@ -162,6 +163,23 @@ def compile_fp8(kernels: Any) -> None:
                 kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, fast, amax)
     if CAPABILITY >= 90:
         compile_gemm_heads(kernels)
+
+
+def compile_copies(kernels: Any) -> None:
+    """Optimizers that write FP8 copies, beside each form of weights: scaled by row and column, with and without hints."""
+    from nvfp8.reference import AdamWTensor, Copies
+    from nvfp8.state import codec, master
+
+    one, c = torch.ones(()), 768
+    forms = ("fp32", "bf16", 1536), ("e4m3", "bf16+8", 1536), ("e4m3", "bf16+8", 1537), ("bf16", "fp32", 1536), ("fp32", None, 1536)
+    for state, kept, r in forms:
+        weight = torch.zeros(r, c, dtype=torch.bfloat16 if kept else torch.float32)
+        q, t = (torch.zeros(shape, dtype=torch.float8_e4m3fn) for shape in ((r, c), (c, r)))
+        rest, copies = master(kept).allocate(weight) if kept else None, Copies(q, t, one, one)
+        scale, x = torch.ones(1, r, 1) if state == "e4m3" else torch.ones(1, 1, c), torch.zeros(1, r, c, dtype=torch.bfloat16)
+        kernels.muon_descend_([weight], None if rest is None else rest[None], x, scale, 0.1, 0.1, [1], [copies])
+        states = codec(state).allocate((r, c), "cpu"), codec(state, second_moment=True).allocate((r, c), "cpu")
+        kernels.adamw_([AdamWTensor(weight, torch.zeros_like(weight), *states, rest, (0.1,) * 6, 1, kept == "bf16+8", copies)])
 
 
 def compile_gemm_heads(kernels: Any) -> None:

@@ -231,7 +231,8 @@ def test_what_is_worked_out_of_sizes_is_kept_with_the_optimizer_and_bounded(monk
     plans: dict[Any, Tensor] = {}
     built = MagicMock(wraps=adamw._blocks)
     monkeypatch.setattr("nvfp8.kernels.adamw._blocks", built)
-    for size in (*range(1, 81), *range(60, 81), 80):
+    for blocks in (*range(1, 81), *range(60, 81), 80):
+        size = blocks * adamw.BLOCK
         states = codec("fp32").allocate((size,), DEVICE), codec("fp32").allocate((size,), DEVICE)
         empty = torch.zeros(size, device=DEVICE)
         kernels.adamw_([AdamWTensor(empty, empty, *states, None, factors(1), 0, False)], plans)

@@ -207,12 +207,12 @@ def test_a_momentum_and_its_weight_are_rounded_by_different_bits(monkeypatch: py
 
         @staticmethod
         def muon_nesterov_(*arguments: Any) -> None:
-            keys.append(arguments[-1])
+            keys.append(arguments[6])
             reference.muon_nesterov_(*arguments)
 
         @staticmethod
         def muon_descend_(*arguments: Any) -> None:
-            keys.append(arguments[-1])
+            keys.append(arguments[6])
             reference.muon_descend_(*arguments)
 
     monkeypatch.setattr("nvfp8.optim.muon.ops", lambda x: Listening)

@@ -1,0 +1,121 @@
+"""FP8 copies of weights, written by the optimizer that updates the weight and has it in registers anyway.
+
+A layer's GEMMs read W and Wᵀ in FP8. Cast by the layer they cost two passes over the weight a step: one for its amax, one for the
+cast. The optimizer's kernel knows both sooner, but for the scale, which is the history's (`scaling.py`). So:
+
+* a layer that casts its weights keeps the copies as `Held`, by which a parameter leads to them;
+* an optimizer asks for the copies of what it updates (`begin`), writes them, and says so (`finish`);
+* the layer finds copies of the very versions that its parameters have (`are_of`), or casts again.
+
+Several parameters may be stacked in one pair of copies, and be updated at different times, or not all of them. Whoever is the
+first to write begins a round: the scale is renewed for all, and copies count again once every parameter's part is written. What a
+graph has saved of the copies is then of another version, and its backward an error instead of a product with newer weights.
+
+No layer is known here: a parameter without copies, or of a layer that wants another scale, is just updated.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nvfp8.reference_optim import Copies
+from nvfp8.scaling import Site
+
+_Version = tuple[int, int, int]
+
+
+def _version(parameter: Tensor) -> _Version:
+    return id(parameter), parameter.data_ptr(), parameter._version
+
+
+class Held:
+    """The FP8 copies of one parameter, or of several stacked.
+
+    Attributes:
+        q: (N, K), or None where no GEMM reads it.
+        t: (K, N), or None.
+        scale: 0-D fp32 they were multiplied by, theirs alone.
+        inverse: 0-D fp32, 1 / scale.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], site: Site, q: Tensor | None, t: Tensor | None, scale: Tensor, inverse: Tensor
+    ) -> None:
+        """Hold copies that were just cast at `site`, from parameters (Nᵢ, K)."""
+        self.q, self.t, self.scale, self.inverse, self._site = q, t, scale, inverse, site
+        # Of which version of each parameter its part is a copy: None from the beginning of a round until it is written.
+        self._of: list[_Version | None] = [_version(p) for p in parameters]
+        self._places = {id(p): place for place, p in enumerate(parameters)}
+        if site.kind == "copies" and q is not None and t is not None:
+            sizes = [len(p) for p in parameters]
+            self._parts = list(zip(q.split(sizes), t.split(sizes, 1), strict=True))
+            for p in parameters:
+                _HELD[p] = weakref.ref(self)
+
+    def are_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are copies of `parameters` as they are now."""
+        return self._of == [_version(p) for p in parameters]
+
+    def writable(self, parameter: Tensor, updated: AbstractSet[int]) -> bool:
+        """Whether an optimizer that updates those of the ids `updated` may write the copies of `parameter`."""
+        # Emulation is for a GPU that cannot cast, too.
+        possible = self._site.ready and not (self._site.emulated and parameter.is_cuda)
+        return possible and self._places.keys() <= updated and parameter.shape == self._parts[self._places[id(parameter)]][0].shape
+
+    def begin(self, parameter: Tensor) -> bool:
+        """Expect `parameter` to be written; whether that begins a round."""
+        begins = self._of[self._places[id(parameter)]] is not None
+        if begins:
+            self._of = [None] * len(self._of)
+        return begins
+
+    def part(self, parameter: Tensor) -> Copies:
+        """Where `parameter` is written."""
+        return Copies(*self._parts[self._places[id(parameter)]], self.scale, self._site.amax)
+
+    def finish(self, parameter: Tensor) -> None:
+        """Count its part as a copy of `parameter` as it is now."""
+        self._of[self._places[id(parameter)]] = _version(parameter)
+
+    @property
+    def renewed(self) -> tuple[Site, Tensor, Tensor]:
+        """What a round begins with: where its scale comes from, and where scale and reciprocal go."""
+        return self._site, self.scale, self.inverse
+
+
+_HELD: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # weak references to Held, by parameter
+
+
+def _held(parameter: Tensor) -> Held | None:
+    reference = _HELD.get(parameter)
+    return None if reference is None else reference()
+
+
+def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tensor, Copies]:
+    """Where an update has to write copies, by parameter; those that are not in it have none, or are cast by their layer.
+
+    Args:
+        parameters: what is to be updated now.
+        updated: all that this optimizer updates. Copies that it could write a part of alone are left to their layer.
+    """
+    ids = {id(p) for p in updated}
+    found = {p: held for p in parameters if (held := _held(p)) is not None and held.writable(p, ids)}
+    rounds = [held.renewed for p, held in found.items() if held.begin(p)]
+    if rounds:
+        to = [*(scale for _, scale, _ in rounds), *(inverse for _, _, inverse in rounds)]
+        torch._foreach_copy_(to, [*(site.scale for site, _, _ in rounds), *(site.inverse for site, _, _ in rounds)])
+        torch._foreach_zero_([site.amax for site, _, _ in rounds])
+    return {p: held.part(p) for p, held in found.items()}
+
+
+def finish(written: Iterable[Tensor]) -> None:
+    """After parameters that `begin` returned, and their copies, were written, and the parameters' versions raised."""
+    held = {p: held for p in written if (held := _held(p)) is not None}
+    changed = {id(each): each for each in held.values()}.values()
+    torch.autograd.graph.increment_version([x for each in changed for x in (each.q, each.t) if x is not None])
+    for p, each in held.items():
+        each.finish(p)
