@@ -171,8 +171,8 @@ def test_the_gradients_scale_is_that_of_every_batch() -> None:
 
 def test_the_weight_is_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     casts = []
-    original = quantize.quantize
-    monkeypatch.setattr(quantize, "quantize", lambda x, *more, **most: casts.append(x.shape) or original(x, *more, **most))
+    original = quantize.Projection._cast
+    monkeypatch.setattr(quantize.Projection, "_cast", lambda self: casts.append(self.weights[0].shape) or original(self))
     made = Made()
     for _ in range(2):
         for _ in range(3):
@@ -218,11 +218,13 @@ def test_what_is_not_finite_is_named() -> None:
     assert made.scaling.update() == ["the input of lm_head"]
 
 
-def test_it_has_no_state_to_save() -> None:
+def test_its_only_state_is_the_weights() -> None:
     made = Made()
     made.loss().backward()
     made.scaling.update()
-    assert made.scaling.state() == {}
+    state = made.scaling.state()
+    assert state.keys() == {"lm_head.scale", "lm_head.amax_history"}
+    assert (state["lm_head.scale"] > 0).tolist() == [False, True, False]
     assert isinstance(made.scaling, Scaling)
     assert made.scaling.names == ["the input of lm_head", "the weight of lm_head", "the gradient that reaches lm_head"]
 
