@@ -206,6 +206,33 @@ def test_a_history_of_zeros_keeps_the_scale_in_the_recipe_that_made_it(algorithm
     assert other.scale[3] == 64 * 2**18 and other.scale[4] == 224 / 5
 
 
+def test_copies_of_weights_have_room_keep_their_amax_and_the_scale_they_were_made_with() -> None:
+    chosen = recipe("delayed", amax_history_len=2, margin=1)
+    scaling, other = (
+        Scaling({"one": [Site(kind, kind, chosen.fprop.left, True) for kind in ("activation", "copies")]}, chosen) for _ in range(2)
+    )
+    scaling.begin(DEVICE, 1.0)
+    copies = scaling.sites[1]
+    see(scaling, 3, 5)
+    assert scaling.scale.tolist() == [pytest.approx(224 / 3), pytest.approx(56 / 5)] and copies.ready
+    made_with = copies.scale.clone()
+    copies.in_use = lambda: made_with
+    copies.amax.fill_(2)
+    assert scaling.amax is not None
+    for _ in range(2):
+        assert scaling.update() == []
+        scaling.forget()
+        assert scaling.amax.tolist() == [0, 2], "the copies are still there"
+    assert copies.scale == 28 and scaling.sites[0].ready
+    state = scaling.state()
+    assert state["one.scale"][1] == made_with, "not what the next ones will be made with"
+    other.load(state)
+    assert other.sites[1].loaded == float(made_with) and other.sites[0].loaded is None
+    other.begin(DEVICE, 1.0)
+    # Nor does the copies' age make the activation's scale, of whose history zeros are left, another recipe's.
+    assert torch.equal(other.scale, scaling.scale) and other.sites[0].ready
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
