@@ -85,9 +85,7 @@ def choose_precision(
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
 
 
-def _best(
-    device_type: str, options: EngineOptions | None, shape: tuple[int, int] | None, native: bool
-) -> tuple[Precision, str]:
+def _best(device_type: str, options: EngineOptions | None, shape: tuple[int, int] | None, native: bool) -> tuple[Precision, str]:
     """What "auto" takes, and why; arguments as in `choose_precision`, `native` where the GPU computes in bf16."""
     plain, why = (bf16(), "this GPU computes in bf16") if native else (fp32(), "no bf16 GPU here")
     if options is None or (device_type != "cuda" and options == EngineOptions()):

@@ -148,7 +148,7 @@ def test_auto_takes_bf16_where_there_is_no_fp8_and_says_why(monkeypatch: pytest.
 def test_where_both_refuse_auto_says_what_each_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0), {"delayed": "CublasLt 12.1.3 or newer required"})
     both = EngineOptions(recipe="delayed", norm_weight=True)
-    with pytest.raises(BadInput, match="neither: .*not with fp8; --precision te: recipe delayed: CublasLt"):
+    with pytest.raises(BadInput, match=r"neither: .*not with fp8; --precision te: recipe delayed: CublasLt"):
         choose_precision("auto", "cuda", both)
 
 
