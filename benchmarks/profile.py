@@ -6,7 +6,8 @@
 Forward and backward of random tokens under `torch.profiler`, gradients accumulating, no optimizer; T = 2048. Every kernel is in
 exactly one family, found by its name, and what no family claims is under "other": look at the list of largest kernels before
 believing a small "other". Output projections, which start at zero, get values: products of zeros draw less power than training's,
-so the card would clock higher. The last line is timed without the profiler; what it exceeds the sum by, the GPU waited.
+so the card would clock higher. Below stands how long the GPU waited, and before which kernel longest; the profiler slows the host,
+so that is more than without it. The last line is timed without: what it exceeds the kernels by, the GPU waited.
 """
 
 import os
@@ -17,10 +18,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from nanochat import idle
 from nanochat.build import PRECISIONS, EngineOptions, build_model, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.step_profile import Kernel, by_family, family, recorded
+from nanochat.step_profile import Kernel, by_family, family, recorded, without_profiler
 from scripts.engine_flags import add_engine_flags, engine_options
 
 
@@ -85,11 +87,14 @@ def main() -> None:
     model.scaling.update()  # delayed scaling has a history from here on
     micro_batches(1)
     wall = micro_batches(args.micro_batches)
-    kernels = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda")).kernels()
+    done = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda"))
     print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; per micro-batch, mean of {args.micro_batches}\n")
-    print("\n".join(table(kernels, args.micro_batches)))
-    print(f"\na micro-batch without the profiler: {wall:.2f} ms")
+    print("\n".join(table(done.kernels(), args.micro_batches)))
+    print("\nall micro-batches together, with the profiler around them:")
+    print("\n".join(idle.lines(done.spans(), None)))
+    whole = without_profiler(done.spans(), args.micro_batches * wall)
+    print(f"\na micro-batch without the profiler: {wall:.2f} ms; all together: {whole}")
 
 
 if __name__ == "__main__":

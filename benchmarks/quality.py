@@ -1,10 +1,13 @@
-"""What a choice does to the loss: training runs that differ in nothing else, one on each GPU at a time, one JSON line a run.
+"""What a choice does to the loss: training runs that differ in nothing else, spread over the GPUs, one JSON line a run.
 
     python -m benchmarks.quality --steps 770 reference= seed="--seed 43" momentum="--state-dtype momentum=e4m3" …
 
 Each argument is a name and the flags it adds to `scripts.base_train`; the first is what the others are compared with. All see the
 same tokens in the same order. `gap` is the relative difference of the final validation bits per byte from the first run's: hold it
 against that of a run with another seed. Checkpoints are deleted, the runs' metrics.jsonl stay.
+
+`--at-once 2` has two runs on each GPU at a time, so that it works while one of them starts or compiles. Their memory must fit
+together. Each computes what it would alone; how fast says nothing then, so `tok_s` is left out.
 """
 
 import json
@@ -48,16 +51,18 @@ def prepare(data: str) -> None:
     open_or_build(resolve(data), tokenizer, base_dir() / "shards", lambda line: print(line, file=sys.stderr))
 
 
-def result(name: str, flags: list[str]) -> dict[str, object]:
-    """What a finished run's metrics say."""
+def result(name: str, flags: list[str], alone: bool) -> dict[str, object]:
+    """What a finished run's metrics say, its rate only if it was `alone` on its GPU."""
     records = metrics.read(base_dir() / "base_checkpoints" / f"quality-{name}")
     steps = [record for record in records if record["kind"] == "step"]
     validation = [record for record in records if record["kind"] == "eval"]
-    return {
+    found: dict[str, object] = {
         "run": name, "flags": shlex.join(flags), "steps": len(steps), "bits_per_byte": round(validation[-1]["bpb"], 5),
         "loss": round(statistics.fmean(record["loss"] for record in steps[-20:]), 4),
-        "tok_s": round(statistics.median(record["tokens_per_second"] for record in steps[2:])),
     }  # fmt: skip
+    if alone:
+        found["tok_s"] = round(statistics.median(record["tokens_per_second"] for record in steps[2:]))
+    return found
 
 
 def main() -> None:
@@ -68,7 +73,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=770, help="of --batch tokens")
     parser.add_argument("--batch", type=int, default=131072, help="tokens a step")
     parser.add_argument("--data", default="python+site")
+    parser.add_argument("--at-once", type=int, default=1, help="runs on each GPU at a time")
     args = parser.parse_args()
+    if args.at_once < 1:
+        raise BadInput("--at-once must be at least 1")
     arms = dict(arm(text) for text in args.runs)
     if len(arms) < len(args.runs):
         raise BadInput("two runs have the same name")
@@ -76,8 +84,8 @@ def main() -> None:
         raise BadInput("these runs take hours on a CPU, and torch finds no CUDA device")
     prepare(args.data)
     gpus: SimpleQueue[int] = SimpleQueue()
-    for index in range(torch.cuda.device_count()):
-        gpus.put(index)
+    for slot in range(slots := args.at_once * torch.cuda.device_count()):
+        gpus.put(slot % torch.cuda.device_count())
 
     def train(name: str) -> tuple[str, str | None]:
         gpu, tag = gpus.get(), f"quality-{name}"
@@ -93,9 +101,9 @@ def main() -> None:
         return name, None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
     reference: float | None = None
-    with ThreadPoolExecutor(torch.cuda.device_count()) as pool:
+    with ThreadPoolExecutor(slots) as pool:
         for name, failure in pool.map(train, arms):
-            record = {"run": name, "failed": failure} if failure else result(name, arms[name])
+            record = {"run": name, "failed": failure} if failure else result(name, arms[name], args.at_once == 1)
             if not failure and reference is None:
                 reference = float(str(record["bits_per_byte"]))
             elif not failure and reference is not None:

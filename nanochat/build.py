@@ -58,9 +58,9 @@ def choose_precision(
     """The precision a run computes in, and why in a few words.
 
     Args:
-        name: one of PRECISIONS; "auto" takes the best this device has: Transformer Engine where `options` are given (it
-            trains; evaluation is bf16 anyway) and it can run, then bf16 on a GPU that computes in it, else fp32. Our own FP8
-            layers must be asked for until their loss over 100 M tokens has been measured.
+        name: one of PRECISIONS; "auto" takes the first that this device and `options` allow: our own FP8 layers, Transformer
+            Engine (both only where `options` are given: it trains; evaluation is bf16 anyway), bf16 on a GPU that computes in
+            it, fp32.
         device_type: "cuda" or "cpu".
         options: for FP8.
         shape: tokens of a micro-batch and width, which "auto" respects; None where nothing is trained.
@@ -76,24 +76,35 @@ def choose_precision(
         return chosen, "asked for"
     if name in ("fp8", "fp8-emulated"):
         return _own_fp8(name, device_type, options or EngineOptions()), "asked for"
-    if options not in (None, EngineOptions()) and name != "auto":
-        raise BadInput(_for_fp8(options, f"not with {name}"))
     if name == "auto":
-        if options is not None and options.recompute_mlp:
-            raise BadInput(_for_fp8(options, "neither of which auto takes"))
-        why = "this GPU computes in bf16" if native else "no bf16 GPU here"
-        if options is not None and (device_type == "cuda" or options != EngineOptions()):
-            chosen = _transformer_engine(device_type, options)
-            refusal = chosen if isinstance(chosen, str) else chosen.refuses(*shape) if shape else None
-            if isinstance(chosen, Precision) and refusal is None:
-                return chosen, "Transformer Engine is installed and this GPU computes in FP8"
-            if options != EngineOptions():
-                raise BadInput(_for_fp8(options, f"and auto cannot take te here: {refusal}"))
-            why += f"; no FP8: {refusal}"
-        return (bf16() if native else fp32()), why
+        return _best(device_type, options, shape, native)
+    if options not in (None, EngineOptions()):
+        raise BadInput(_for_fp8(options, f"not with {name}"))
     if name == "bf16" and device_type == "cuda" and not native:
         raise BadInput(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16 units; use --precision fp32")
     return {"fp32": fp32, "bf16": bf16}[name](), "asked for"
+
+
+def _best(device_type: str, options: EngineOptions | None, shape: tuple[int, int] | None, native: bool) -> tuple[Precision, str]:
+    """What "auto" takes, and why; arguments as in `choose_precision`, `native` where the GPU computes in bf16."""
+    plain, why = (bf16(), "this GPU computes in bf16") if native else (fp32(), "no bf16 GPU here")
+    if options is None or (device_type != "cuda" and options == EngineOptions()):
+        return plain, why
+    no_fp8 = missing("fp8", torch.cuda.get_device_capability()) if device_type == "cuda" else "it needs a CUDA device"
+    refusals = [no_fp8] if no_fp8 else []
+    for name, whose in () if no_fp8 else (("fp8", "our own layers"), ("te", "Transformer Engine")):
+        try:
+            chosen, _ = choose_precision(name, device_type, options)
+        except BadInput as error:
+            refusals.append(str(error))
+            continue
+        refusal = chosen.refuses(*shape) if shape else None
+        if refusal is None:
+            return chosen, f"this GPU computes in FP8, by {whose}" + "".join(f"; {reason}" for reason in refusals)
+        refusals.append(f"--precision {name}: {refusal}")
+    if options != EngineOptions():
+        raise BadInput(_for_fp8(options, f"and auto can take neither: {'; '.join(refusals)}"))
+    return plain, f"{why}; no FP8: {'; '.join(refusals)}"
 
 
 def _for_fp8(options: EngineOptions, why_not: str) -> str:

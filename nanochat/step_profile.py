@@ -8,6 +8,9 @@ FLOPs and bytes are counted (`nanochat/roofline.py`), not measured: what our ker
 from its floor is either slow or does what it need not. A kernel is in exactly one family, found by its name, and what no family
 claims is under "other": look at the trace before believing a small "other".
 
+Below the table stands how long the GPU was idle (`nanochat/idle.py`). The profiler, and the allocator that remembers, slow the
+host, so that is more than without them: the step before says by how much, since kernels take the same time in it.
+
 The trace opens in https://ui.perfetto.dev, the snapshot of the allocator in https://pytorch.org/memory_viz: both pages read a file
 where it is. The snapshot is a pickle, for that is what PyTorch writes; nothing of ours reads it.
 """
@@ -25,7 +28,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 import nvfp8
-from nanochat import gauges, memory, roofline
+from nanochat import gauges, idle, memory, roofline
 from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train_config import TrainConfig
@@ -137,6 +140,23 @@ class Recorded:
         rows = [row for row in self.profiler.key_averages() if row.device_type == kind and not row.is_user_annotation]
         return [(row.key, row.count, (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3) for row in rows]
 
+    def spans(self) -> list[idle.Span]:
+        """When each kernel, copy and memset ran on the GPU; nothing on a CPU, which runs what it is told at once."""
+        return [span for span, annotation in self._on_gpu() if not annotation]
+
+    def updates_from(self) -> float | None:
+        """When the first kernel of the optimizers started, on the clock of `spans`; None where none was called or seen.
+
+        PyTorch marks every `Optimizer.step`, and the profiler repeats the mark beside the kernels that it launched.
+        """
+        return min((span.start for span, mark in self._on_gpu() if mark and span.name.startswith("Optimizer.step")), default=None)
+
+    def _on_gpu(self) -> Iterator[tuple[idle.Span, bool]]:
+        """What the profiler saw on the GPU, and whether each is a mark of a stretch of time rather than work."""
+        for event in self.profiler.events():
+            if event.device_type == DeviceType.CUDA:
+                yield idle.Span(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3), event.is_user_annotation
+
 
 def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -> list[str]:
     """The lines to print.
@@ -199,20 +219,30 @@ def begin(directory: Path, device: torch.device) -> None:
         torch.cuda.memory._record_memory_history(max_entries=HISTORY)
 
 
-def write(done: Recorded, directory: Path, least: Floor) -> list[str]:
+def without_profiler(spans: list[idle.Span], ms: float) -> str:
+    """What to print of a step, or a micro-batch, that took `ms` unprofiled, and of whose kernels `spans` tell, profiled."""
+    busy = idle.idle(spans).busy
+    return f"{ms:.2f} ms; kernels take {busy:.2f} of it, for the other {ms - busy:.2f} ({1 - busy / ms:.1%}) the GPU waits"
+
+
+def write(done: Recorded, directory: Path, least: Floor, usual: float) -> list[str]:
     """Write a step's trace, the allocator's snapshot and the table, and return what to print. The allocator forgets again.
 
     Args:
         done: the step, recorded after `begin`.
         directory: of `begin`.
         least: what the step must do.
+        usual: seconds of a step without the profiler.
 
     Raises:
         BadInput: the directory cannot be written.
     """
     cuda, known = done.device.type == "cuda", gauges.peaks(done.device)
-    lines = table(done.kernels(), least if cuda else None, known)
-    lines.append(f"the step with the profiler around it: {1e3 * done.seconds:.0f} ms")
+    spans = done.spans()
+    lines = [*table(done.kernels(), least if cuda else None, known), *idle.lines(spans, done.updates_from())]
+    lines.append(f"the step with the profiler around it, which slows the host: {1e3 * done.seconds:.0f} ms")
+    before = without_profiler(spans, 1e3 * usual) if spans else f"{1e3 * usual:.0f} ms"
+    lines.append(f"the step before, without it: {before}")
     if not cuda:
         lines.append(
             "a CPU runs our kernels' twins, operation by operation: neither bytes nor a floor are counted, and there is no "

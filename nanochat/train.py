@@ -287,7 +287,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = self._seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds
         self._tell(lambda metrics: self._record(metrics, step, check.loss, multiplier, seconds, check.norm))
@@ -297,11 +297,11 @@ class Run:
 
     def _profile(self) -> None:
         """One update under the profiler, on rank 0; the others wait for it in theirs, so what it alone may meet waits too."""
-        directory, device = self.directory / "profile", self.world.device
+        directory, device, usual = self.directory / "profile", self.world.device, self._seconds
 
         def write(metrics: Metrics) -> None:
             least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
-            metrics.message("\n".join(["profile of one step", *step_profile.write(done, directory, least)]))
+            metrics.message("\n".join(["profile of one step", *step_profile.write(done, directory, least, usual)]))
 
         self._tell(lambda _: step_profile.begin(directory, device))
         done = step_profile.recorded(self.step, device)

@@ -78,7 +78,7 @@ def _parser() -> Parser:
         ours,
         "precision",
         str,
-        "auto: the first of te, bf16, fp32 that runs here; fp8: our own; fp8-emulated: anywhere",
+        "auto: the first of fp8 (our own layers), te, bf16, fp32 that runs here; fp8-emulated: anywhere",
         choices=PRECISIONS,
     )
     add(ours, "adamw", str, "ours, or Transformer Engine's with its state in that form, for comparison", choices=CHOICES)

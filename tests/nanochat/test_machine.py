@@ -39,7 +39,7 @@ def test_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 x NVIDIA H200, 80.0 GiB, compute capability 9.0" in rows["device"].detail
     assert "1979 TFLOP/s FP8" in rows["peaks"].detail
     assert [rows[name].usable for name in ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")] == [True, True, True, False, False]
-    assert rows["--precision auto"].detail.startswith("bf16")
+    assert rows["--precision auto"].detail.startswith("fp8: this GPU computes in FP8")
     assert rows["attention plain"].usable is False and "quadratic" in rows["attention plain"].detail
 
 

@@ -3,19 +3,38 @@
 import errno
 import gzip
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
-from nanochat import metrics
+from nanochat import idle, metrics
 from nanochat.dataset import base_dir
 from nanochat.errors import BadInput
 from nanochat.gpt import GPTConfig
+from nanochat.idle import Span
 from nanochat.memory import Counted, Setup
 from nanochat.roofline import work
-from nanochat.step_profile import OURS, TABLE, TRACE, Floor, begin, by_family, family, floor, recorded, table, write
+from nanochat.step_profile import (
+    OURS,
+    TABLE,
+    TRACE,
+    Floor,
+    Recorded,
+    begin,
+    by_family,
+    family,
+    floor,
+    recorded,
+    table,
+    without_profiler,
+    write,
+)
 from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import Peaks
@@ -120,8 +139,9 @@ def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
     x, calls, cpu, least = torch.randn(64, 64), [], torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0)
     begin(tmp_path / "profile", cpu)
     done = recorded(lambda: calls.append(x @ x), cpu)
-    lines = write(done, tmp_path / "profile", least)
+    lines = write(done, tmp_path / "profile", least, 0.25)
     assert len(calls) == 1
+    assert "the step before, without it: 250 ms" in lines and not any("idle" in line for line in lines)
     assert "GEMMs" in lines[1] and any("neither bytes nor a floor" in line for line in lines)
     assert lines[1].split()[-3:] == ["-", "-", "-"]
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {TRACE, TABLE}
@@ -131,7 +151,81 @@ def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"--profile cannot write into .*file"):
         begin(tmp_path / "file", cpu)
     with pytest.raises(BadInput, match=r"--profile cannot write into .*gone"):
-        write(recorded(lambda: x @ x, cpu), tmp_path / "gone", least)
+        write(recorded(lambda: x @ x, cpu), tmp_path / "gone", least, 0.25)
+
+
+# Two streams: "b" runs inside "a", "c" begins while "a" runs and outlasts it; then gaps of 4 µs, 2 ms and 0.5 ms.
+SPANS = [
+    Span("a", 10, 20), Span("b", 11, 12), Span("c", 19, 25), Span("d", 25.004, 30), Span("e", 32, 33), Span("f", 33.5, 36),
+]  # fmt: skip
+
+
+def test_idle_is_where_no_stream_runs_anything() -> None:
+    found = idle.idle(reversed(SPANS))
+    assert (found.whole, found.waited, found.busy) == (26, pytest.approx(2.504), pytest.approx(23.496))
+    assert (found.gaps, found.in_gaps) == (2, 2.5)
+    assert (found.longest, found.around) == (2, ("d", "e"))
+    assert idle.idle([Span("long", 0, 10), Span("short", 1, 2), Span("next", 9, 11)]).waited == 0
+
+
+def test_what_is_idle_is_printed_for_the_step_and_its_parts() -> None:
+    lines = [" ".join(line.split()) for line in idle.lines(SPANS, 31.9)]
+    assert lines == [
+        "GPU idle 2.50 9.6% of 26.00 ms; 2 gaps above 10 µs take 2.50, the longest 2.000 between d and e",
+        "micro-batches 0.00 0.0% of 20.00 ms; no gap above 10 µs",
+        "optimizers 0.50 12.5% of 4.00 ms; 1 gaps above 10 µs take 0.50, the longest 0.500 between e and f",
+    ]
+    assert len(idle.lines(SPANS, None)) == 1 and idle.lines([], None) == []
+    assert idle.lines(SPANS[:1], None)[0].endswith("0.0%  of 10.00 ms; no gap above 10 µs")
+
+
+def test_what_the_kernels_leave_of_an_unwatched_step() -> None:
+    assert without_profiler(SPANS, 24.0) == "24.00 ms; kernels take 23.50 of it, for the other 0.50 (2.1%) the GPU waits"
+
+
+def test_spans_are_what_ran_on_the_gpu_and_marks_are_no_work() -> None:
+    def event(name: str, kind: DeviceType, start: float, end: float, mark: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end), is_user_annotation=mark
+        )
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 0, 5),
+        event("Optimizer.step#AdamW.step", DeviceType.CPU, 5, 9, True),
+        event("nvjet", DeviceType.CUDA, 4000, 5500),
+        event("Memset (Device)", DeviceType.CUDA, 6000, 6500),
+        event("Optimizer.step#Muon.step", DeviceType.CUDA, 7000, 9000, True),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, 6000, 6500, True),
+        event("ProfilerStep#0", DeviceType.CUDA, 4000, 9000, True),
+    ]
+    done = Recorded(SimpleNamespace(events=lambda: events), torch.device("cuda"), 1.0)  # type: ignore[arg-type]
+    assert done.spans() == [("nvjet", 4.0, 5.5), ("Memset (Device)", 6.0, 6.5)]
+    assert done.updates_from() == 6.0
+    del events[4:6]
+    assert done.updates_from() is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_waits_for_the_host_is_seen() -> None:
+    """20 ms of sleep between two products, then an optimizer's step."""
+    parameter = torch.nn.Parameter(torch.randn(1024, 1024, device="cuda"))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+
+    def step() -> None:
+        (parameter @ parameter).sum().backward()
+        torch.cuda.synchronize()
+        time.sleep(0.02)
+        torch.mm(parameter.detach(), parameter.detach())
+        optimizer.step()
+
+    step()
+    done = recorded(step, torch.device("cuda"))
+    whole, since = idle.idle(done.spans()), done.updates_from()
+    assert 20 <= whole.longest <= whole.waited < whole.whole
+    assert since is not None
+    parts = [" ".join(line.split()) for line in idle.lines(done.spans(), since)]
+    assert [part.split()[0] for part in parts] == ["GPU", "micro-batches", "optimizers"]
+    assert idle.idle(span for span in done.spans() if span.start >= since).whole < 5
 
 
 TINY = TrainConfig(
@@ -145,6 +239,10 @@ def test_a_run_profiles_one_step_and_goes_on(torch_texts: str) -> None:
     records = metrics.read(base_dir() / "base_checkpoints" / "profiled")
     told = [record for record in records if record["kind"] == "event" and record["text"].startswith("profile of one step")]
     assert [record["step"] for record in told] == [3] and "GEMMs" in told[0]["text"]
+    assert ("GPU idle" in told[0]["text"]) == torch.cuda.is_available()
+    before = next(record["seconds"] for record in records if record["kind"] == "step" and record["step"] == 2)
+    text = re.search(r"the step before, without it: ([\d.]+) ms", told[0]["text"])
+    assert text is not None and float(text[1]) == pytest.approx(1e3 * before, abs=0.6)
     assert [record["step"] for record in records if record["kind"] == "step"] == [0, 1, 2, 3]
     names = {path.name for path in (base_dir() / "base_checkpoints" / "profiled" / "profile").iterdir()}
     assert names == {TRACE, TABLE} | ({"memory.pickle"} if torch.cuda.is_available() else set())

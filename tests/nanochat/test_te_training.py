@@ -76,16 +76,17 @@ def test_engine_flags_need_the_engine() -> None:
 def test_auto_leaves_no_flag_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", "cpu", EngineOptions())[0].name == "fp32"
     for options, line in (
-        (EngineOptions("blockwise"), "--recipe goes with .*fp8.*, and auto cannot take te here: it needs a CUDA device"),
-        (EngineOptions(weights="fp8"), "the --te flags .*, and auto cannot take te here: it needs a CUDA device"),
-        (EngineOptions(recompute_mlp=True), "--recompute-mlp goes with .*fp8.*, neither of which auto takes"),
+        (EngineOptions("blockwise"), "--recipe goes with .*fp8.*, and auto can take neither: it needs a CUDA device"),
+        (EngineOptions(weights="fp8"), "the --te flags .*, and auto can take neither: it needs a CUDA device"),
+        (EngineOptions(recompute_mlp=True), "--recompute-mlp goes with .*fp8.*, and auto can take neither: it needs a CUDA device"),
     ):
         with pytest.raises(BadInput, match=line):
             choose_precision("auto", "cpu", options)
     pretend(monkeypatch, (9, 0), {})
-    assert choose_precision("auto", "cuda", EngineOptions("current"))[0].name == "te"
-    with pytest.raises(BadInput, match="neither of which auto takes"):
-        choose_precision("auto", "cuda", EngineOptions(recompute_mlp=True))
+    for options, taken in (
+        (EngineOptions("current"), "fp8"), (EngineOptions(recompute_mlp=True), "fp8"), (EngineOptions(norm_weight=True), "te"),
+    ):  # fmt: skip
+        assert choose_precision("auto", "cuda", options)[0].name == taken
 
 
 @pytest.mark.parametrize(
@@ -112,10 +113,22 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refusa
     ("capability", "best"),
     [((8, 9), "delayed"), ((9, 0), "delayed"), ((10, 0), "mxfp8"), ((12, 0), "current"), ((12, 1), "current")],
 )
-def test_auto_takes_the_recipe_of_the_chip(capability: tuple[int, int], best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_takes_the_recipe_of_the_chip(capability: tuple[int, int], best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, capability, {})
+    assert choose_precision("te", "cuda", EngineOptions())[0].describe()["recipe"].startswith(best + ":")
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+def test_auto_takes_our_own_layers_wherever_there_is_fp8(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, capability, {})
     precision, why = choose_precision("auto", "cuda", EngineOptions())
-    assert precision.describe()["recipe"].startswith(best + ":") and "Transformer Engine" in why
+    assert precision.name == "fp8" and precision.describe()["recipe"].startswith("delayed:") and "our own layers" in why
+
+
+def test_auto_takes_the_engine_for_what_it_alone_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (10, 0), {})
+    precision, why = choose_precision("auto", "cuda", EngineOptions("mxfp8"))
+    assert precision.name == "te" and "by Transformer Engine; --precision fp8: recipe mxfp8: our own FP8 layers have" in why
 
 
 def test_a_recipe_that_the_chip_lacks_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,15 +139,22 @@ def test_a_recipe_that_the_chip_lacks_names_another(monkeypatch: pytest.MonkeyPa
         choose_precision("te", "cuda", EngineOptions(recipe="mxfp8"))
 
 
-def test_auto_takes_bf16_where_the_engine_refuses_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, (9, 0), {"delayed": "CublasLt 12.1.3 or newer required"})
+def test_auto_takes_bf16_where_there_is_no_fp8_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (8, 0), {})
     precision, why = choose_precision("auto", "cuda", EngineOptions())
-    assert precision.name == "bf16" and "no FP8: recipe delayed: CublasLt 12.1.3 or newer required" in why
+    assert precision.name == "bf16" and "no FP8: FP8 units came with 8.9" in why
+
+
+def test_where_both_refuse_auto_says_what_each_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), {"delayed": "CublasLt 12.1.3 or newer required"})
+    both = EngineOptions(recipe="delayed", norm_weight=True)
+    with pytest.raises(BadInput, match=r"neither: .*not with fp8; --precision te: recipe delayed: CublasLt"):
+        choose_precision("auto", "cuda", both)
 
 
 def test_auto_takes_bf16_for_a_micro_batch_that_fp8_gemms_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0), {})
-    assert choose_precision("auto", "cuda", EngineOptions(), (128, 64))[0].name == "te"
+    assert choose_precision("auto", "cuda", EngineOptions(), (128, 64))[0].name == "fp8"
     precision, why = choose_precision("auto", "cuda", EngineOptions(), (120, 64))
     assert precision.name == "bf16" and "multiple of 16 tokens" in why
     with pytest.raises(BadInput, match="multiple of 16 tokens"):

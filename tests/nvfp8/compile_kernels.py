@@ -56,6 +56,7 @@ def main() -> None:
 def call_everything() -> None:
     from nvfp8 import kernels
     from nvfp8.embedding import token_order
+    from nvfp8.kernels import symmetric
     from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -112,11 +113,12 @@ def call_everything() -> None:
             ):
                 kernels.scale_rows_(x.bfloat16(), given, factor, x.to(written))
         if dtype == torch.bfloat16:
-            for computed in (torch.bfloat16, torch.float16):
+            for computed, symmetric.LARGE in itertools.product((torch.bfloat16, torch.float16), (0, 10**12)):
                 x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)
                 for rows_first in (x, x.mT.contiguous().mT):
                     kernels.symmetric_product_(rows_first, rows_first, gram)
                 kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
+                kernels.symmetric_product_(poly, gram, torch.zeros_like(gram))
     compile_adamw(kernels)
     if CAPABILITY >= 89:  # Triton has no E4M3 before
         compile_fp8(kernels)
