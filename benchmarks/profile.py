@@ -1,6 +1,6 @@
 """Where a micro-batch's time goes: milliseconds of GPU kernels by family, and the largest kernels one by one.
 
-    python -m benchmarks.profile --depth 24 --batch 16 [--window-pattern L] [--precision bf16] [--micro-batches 4]
+    python -m benchmarks.profile --depth 24 --batch 16 [--window-pattern L] [--precision bf16] [--micro-batches 4] …
     python -m benchmarks.profile --depth 24 --batch 16 --precision te [--recipe delayed] [--te-head chunked] …
 
 Forward and backward of random tokens under `torch.profiler`, gradients accumulating, no optimizer; T = 2048. Every kernel is in
@@ -22,6 +22,7 @@ from nanochat import idle
 from nanochat.build import PRECISIONS, EngineOptions, build_model, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.micro_batches import MicroBatches, refusal
 from nanochat.step_profile import Kernel, by_family, family, recorded, without_profiler
 from scripts.engine_flags import add_engine_flags, engine_options
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4, help="to average over")
     parser.add_argument("--window-pattern", default="L")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--no-cuda-graphs", action="store_true")
     add_engine_flags(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -73,22 +75,26 @@ def main() -> None:
     model, runs = _model(config, args.precision, options)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device="cuda")
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    runner = MicroBatches(model, "--no-cuda-graphs" if args.no_cuda_graphs else refusal(model))
 
     def micro_batches(count: int) -> float:
         """Run forward and backward `count` times; return milliseconds of each."""
+        model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         start = time.perf_counter()
+        runner.begin()
         for _ in range(count):
-            model(inputs, targets, 1 / args.micro_batches).backward()
+            runner.run(inputs, targets, 1 / args.micro_batches)
         torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start) / count
 
-    micro_batches(2)  # kernels are compiled and chosen, gradients are there to be added to
+    micro_batches(2)  # kernels are compiled and chosen
     model.scaling.update()  # delayed scaling has a history from here on
-    micro_batches(1)
+    for _ in range(2):  # by the second time nothing has changed on the host, and graphs are captured
+        micro_batches(2)
     wall = micro_batches(args.micro_batches)
     done = recorded(lambda: micro_batches(args.micro_batches), torch.device("cuda"))
-    print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}")
+    print(f"d{args.depth}, {args.batch} x {config.sequence_len} tokens, window {args.window_pattern}; {runs}; {runner.how}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; per micro-batch, mean of {args.micro_batches}\n")
     print("\n".join(table(done.kernels(), args.micro_batches)))
     print("\nall micro-batches together, with the profiler around them:")

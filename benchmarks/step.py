@@ -6,7 +6,7 @@
     python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
-first two steps, compilation included, imports and model initialization not. Medians.
+first two steps, compilation included, imports and model initialization not. Medians. `peak_GiB` counts what CUDA graphs hold.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
@@ -23,9 +23,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from nanochat import gauges
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted, Setup, predict
+from nanochat.micro_batches import MicroBatches, refusal
 from nanochat.optimizer import StoredByName
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
@@ -33,6 +35,9 @@ from nanochat.te_adam import CHOICES, check
 from nvfp8.optim import UpdateEarly
 from scripts.engine_flags import add_engine_flags, engine_options
 from scripts.state_flags import add_state_flags, state_formats
+
+# Steps after the first two until micro-batches are captured: one in which nothing has changed on the host, and that of the capture.
+SETTLING = 2
 
 
 def _outside() -> float:
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("te", "fp8", "bf16", "fp32"), default="bf16")
     parser.add_argument("--adamw", choices=CHOICES, default="own")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every micro-batch kernel by kernel")
     parser.add_argument("--update-early", action="store_true", help="with --accumulation 1: updates in the middle of backward")
     add_state_flags(parser)
     add_engine_flags(parser)
@@ -75,6 +81,7 @@ def main() -> None:
     optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
     early = UpdateEarly(own) if args.update_early else None
+    micro_batches = MicroBatches(model, "--no-cuda-graphs" if args.no_cuda_graphs else refusal(model, 1, args.update_early))
 
     def step() -> None:
         if early is not None:
@@ -85,9 +92,9 @@ def main() -> None:
             model.scaling.update()
             losses.append(loss.detach())
             return
+        micro_batches.begin()
         for _ in range(args.accumulation):
-            loss = model(inputs, targets, 1 / args.accumulation)
-            loss.backward()
+            loss = micro_batches.run(inputs, targets, 1 / args.accumulation)
         torch.cuda.synchronize()
         model.scaling.update()
         start = time.perf_counter()
@@ -96,7 +103,7 @@ def main() -> None:
         torch.cuda.synchronize()
         optimizer_ms.append(1e3 * (time.perf_counter() - start))
         model.zero_grad(set_to_none=True)
-        losses.append(loss.detach() * args.accumulation)
+        losses.append(loss * args.accumulation)
 
     start = time.perf_counter()
     for _ in range(2):
@@ -104,6 +111,8 @@ def main() -> None:
     torch.cuda.synchronize()
     warm = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
+    for _ in range(SETTLING if micro_batches.capturing else 0):
+        step()
     seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
@@ -112,7 +121,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     setup = Setup(
         config, precision, args.batch, args.accumulation, formats, model.attention_backend, args.deterministic, args.update_early,
-        capability=torch.cuda.get_device_capability(),
+        micro_batches.capturing, capability=torch.cuda.get_device_capability(),
     )  # fmt: skip
     predicted = predict(setup, Counted(setup, args.adamw)).total / 2**30
     held = sum(value.nbytes for optimizer in optimizers for value in optimizer.named_state().values())
@@ -123,7 +132,8 @@ def main() -> None:
                 "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
                 "precision": args.precision, "engine": asdict(options) if options else None,
                 "adamw": args.adamw, "deterministic": args.deterministic, "attention": model.attention_backend,
-                "tok_s": round(rate), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "micro_batches": micro_batches.how,
+                "tok_s": round(rate), "peak_GiB": round(gauges.peak_gib(device, micro_batches.hidden), 2),
                 "predicted_GiB": round(predicted, 2), "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
                 "outside_GiB": round(_outside(), 2),
                 "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),

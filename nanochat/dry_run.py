@@ -276,7 +276,7 @@ def fitting_rows(config: TrainConfig, names: list[str], free: float, shape: GPTC
     capability, rows = torch.cuda.get_device_capability(), config.device_batch_size
     for name in names:
         precision = config.formats.stored_by(choose_precision(name, "cuda")[0], "cuda")
-        rows = min(rows, memory.largest_batch(memory.Setup(shape, precision, 1, capability=capability), room))
+        rows = min(rows, memory.largest_batch(memory.Setup(shape, precision, 1, graphs=name != "te", capability=capability), room))
     if rows < 1:
         raise BadInput(f"--depth {config.depth}: not even one row fits into {room / memory.GIB:.1f} GiB: take a smaller depth")
     return 2 ** (rows.bit_length() - 1)
@@ -330,7 +330,7 @@ def _measure(run: Run) -> Measured:
         tokens=plan.batch_tokens, warm_up=sum(seconds[:WARMUP_STEPS]), parameters=model.parameter_counts()["total"],
         bytes_per_parameter=memory.bytes_per_parameter(counted),
         mfu=None if peak is None else rate * model.flops_per_token() / peak,
-        gib=gauges.peak_gib(device),
+        gib=gauges.peak_gib(device, run.micro_batches.hidden),
         predicted_gib=memory.predict(setup, counted).total / memory.GIB if device.type == "cuda" else None,
         joules_per_token=energy,
         no_energy=board if isinstance(board, str) else "" if energy is not None else "this board does not count its energy",

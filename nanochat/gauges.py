@@ -15,10 +15,15 @@ from nanochat.gpt import GPT
 from nvfp8 import hardware
 
 
-def peak_gib(device: torch.device) -> float:
-    """Peak memory so far, GiB: of the GPU's allocator, or of this process."""
+def peak_gib(device: torch.device, hidden: int = 0) -> float:
+    """Peak memory so far, GiB: of the GPU's allocator, or of this process.
+
+    Args:
+        device: of the run.
+        hidden: bytes that CUDA graphs hold and the allocator counts as free (`micro_batches.py`).
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) + hidden) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 

@@ -34,6 +34,7 @@ from nanochat.build import build_optimizers
 from nanochat.gemm_formats import copies, in_blocks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import Metrics
+from nanochat.micro_batches import refusal
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import AUTO, StateFormats
@@ -62,6 +63,7 @@ class Setup:
         attention: the backend that runs.
         deterministic: `--deterministic`.
         update_early: `--update-early`.
+        graphs: whether micro-batches are captured: then their memory is nobody else's.
         ranks: processes, among which optimizer state is divided.
         capability: of the GPU, for the size of workspaces and the way of Muon's products.
     """
@@ -74,6 +76,7 @@ class Setup:
     attention: str = "cudnn"
     deterministic: bool = False
     update_early: bool = False
+    graphs: bool = False
     ranks: int = 1
     capability: tuple[int, int] = (9, 0)
 
@@ -248,6 +251,8 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     worst = max(last.mlp_backward, key=lambda working: sum(working.values()))
     moments["backward of the last MLP"] = _sum(ends, *halves, summed, worst)
     moments["backward of the first block"] = _sum(ends, blocks[0].attention, blocks[0].mlp, late, worst)
+    if setup.graphs:  # the optimizers work beside all that a micro-batch's worst moment takes, not in its place
+        moments["the optimizer's step"] = _sum(max(moments.values(), key=lambda of: sum(of.values())), counted.workspace())
     lasting["token ids and their order"] = 6 * 8 * batch.tokens  # two batches of inputs and targets, and the sorted positions
     return Prediction(lasting, moments)
 
@@ -293,7 +298,8 @@ def setup_of(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return Setup(
         model.config, model.precision, config.device_batch_size, accumulation, config.formats, model.attention_backend,
-        config.deterministic, config.update_early, ranks, capability,
+        config.deterministic, config.update_early, not config.no_cuda_graphs and refusal(model, ranks, config.update_early) is None,
+        ranks, capability,
     )  # fmt: skip
 
 

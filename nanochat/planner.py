@@ -15,6 +15,7 @@ from nanochat import roofline
 from nanochat.errors import BadInput
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Counted, Prediction, Setup, largest_batch, predict
+from nanochat.micro_batches import refusal
 from nanochat.plan import Plan, make_plan
 from nanochat.state_formats import AUTO, STATES, StateFormats
 from nanochat.train_config import TrainConfig
@@ -179,6 +180,7 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
         counted = Counted(setup)
     except ValueError as error:
         raise BadInput(f"--recipe: {error}") from error
+    setup = replace(setup, graphs=refusal(counted.model, 1, config.update_early) is None)
     # A batch that any power of two of rows divides, for a first plan: it says how many tokens a step has.
     one = make_plan(replace(config, device_batch_size=1), counted.model, 1)
     if one.accumulation == 1 or config.update_early:

@@ -32,6 +32,7 @@ from nanochat.errors import BadInput
 from nanochat.evaluate import bits_per_byte
 from nanochat.generate import PROMPTS, continuations
 from nanochat.metrics import Metrics, StepRecord, require_wandb
+from nanochat.micro_batches import MicroBatches, refusal
 from nanochat.optimizer import StoredByName
 from nanochat.param_groups import backward_position, groups, ownership, set_hyperparameters
 from nanochat.plan import make_plan
@@ -132,6 +133,8 @@ class Run:
         )
         own = [optimizer for optimizer in self.optimizers if isinstance(optimizer, StoredByName)]
         self.early = UpdateEarly(own) if config.update_early else None
+        singly = "--no-cuda-graphs" if config.no_cuda_graphs else refusal(model, self.world.size, config.update_early)
+        self.micro_batches = MicroBatches(model, singly)
 
     @property
     def _resuming(self) -> bool:
@@ -194,6 +197,7 @@ class Run:
         """What every part of the model really runs in."""
         precision, stored = self.model.precision, self.config.formats
         layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
+        layers["micro-batches"] = self.micro_batches.how
         return {**layers, **stored.describe(precision, self.config.adamw)}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
@@ -310,11 +314,9 @@ class Run:
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
         loss_sum = torch.zeros((), device=self.world.device)
+        self.micro_batches.begin()
         for _ in range(self.plan.accumulation):
-            inputs, targets = next(self.batches)
-            loss = self.model(inputs, targets, 1 / (self.plan.accumulation * self.world.size))
-            loss.backward()
-            loss_sum += loss.detach()
+            loss_sum += self.micro_batches.run(*next(self.batches), 1 / (self.plan.accumulation * self.world.size))
         parallel.reduce_gradients(self.parameters, self.owner)
         return parallel.check_gradients(self.parameters, self.owner, loss_sum)
 
@@ -367,7 +369,7 @@ class Run:
                 step=step, loss=loss, lr_multiplier=multiplier, seconds=seconds, tokens=self.plan.batch_tokens,
                 tokens_per_second=rate,
                 mfu=gauges.mfu(rate, self.model, self.world.size),
-                memory_gib=gauges.peak_gib(self.world.device),
+                memory_gib=gauges.peak_gib(self.world.device, self.micro_batches.hidden),
                 eta_seconds=None if done <= WARMUP_STEPS else elapsed / (done - WARMUP_STEPS) * left,
                 epoch=self.batches.epoch, grad_norm=norm,
             )
@@ -419,9 +421,8 @@ class Run:
         best = self.progress.best_bpb
         if best is not None:
             metrics.message(f"best validation loss {best:.4f} bits per byte; token frequencies alone reach {self.unigram:.4f}")
-        peak = memory.beside(
-            metrics, self.config, self.model, self.plan.accumulation, self.world.size, gauges.peak_gib(self.world.device)
-        )
+        measured = gauges.peak_gib(self.world.device, self.micro_batches.hidden)
+        peak = memory.beside(metrics, self.config, self.model, self.plan.accumulation, self.world.size, measured)
         report.draw(self.directory)
         metrics.message(f"trained for {self.progress.seconds:.0f} s, {peak}; report in {run_page.write(self.directory)}")
 

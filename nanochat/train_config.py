@@ -62,6 +62,7 @@ class TrainConfig:
     state_dtype: str = "auto"
     master_weights: str = "auto"
     update_early: bool = False
+    no_cuda_graphs: bool = False
     attention: str = "auto"
     deterministic: bool = False
     profile: bool = False

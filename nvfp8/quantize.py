@@ -236,9 +236,11 @@ class Projection:
         q, t = site.kernels(w).quantize(w, scale, site.dtype, None, rows=True, columns=True)
         return Held(self.weights, site, q, t, scale, scale.reciprocal())
 
-    def _in_use(self) -> Tensor | None:
+    def _in_use(self) -> tuple[Tensor, ...] | None:
         held = self._held
-        return held.scale if held is not None and self.w.loaded is None and held.are_of(self.weights) else None
+        if held is None or self.w.loaded is not None or not held.are_of(self.weights):
+            return None
+        return held.scale, held.inverse, *(x for x in (held.q, held.t) if x is not None)
 
     def fprop(self, x: Tensor, inverse: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
         """X (M, K) FP8 · Wᵀ -> (M, N)."""

@@ -87,6 +87,12 @@ class ScalingState(Protocol):
     def forget(self) -> None:
         """After a step that is not applied: its magnitudes are none to go by."""
 
+    def fixed(self) -> object | None:
+        """What the host decides by in a forward and backward: while it is equal, they launch the same kernels on the same memory.
+
+        None where they may not.
+        """
+
 
 class NoScaling:
     """Of precisions that cast nothing."""
@@ -105,6 +111,10 @@ class NoScaling:
     def forget(self) -> None:
         """Nothing to forget."""
 
+    def fixed(self) -> object | None:
+        """Nothing that could change."""
+        return ()
+
 
 class Site:
     """One place where a tensor is cast to FP8, step after step.
@@ -117,7 +127,7 @@ class Site:
         scale: 0-D fp32 view of the model's state; multiplies.
         inverse: 0-D fp32 view, 1 / scale.
         amax: 0-D fp32 view, raised by whoever casts.
-        in_use: of copies, the scale of those that the next forward will read; None where it will cast anew.
+        in_use: of a weight, what the next forward will read: scale, its reciprocal, and the copies; None where it will cast anew.
         loaded: of copies, what `in_use` was where the state was saved, until the next cast; it may be older than `scale`.
         measured: on the host, that a tensor was measured since `Scaling.enter` last looked; set by those who rely on it.
     """
@@ -131,7 +141,7 @@ class Site:
         self.what, self.kind, self.width, self.emulated = what, kind, width, emulated
         self.dtype, self.delayed = DTYPES[operand.format], operand.scaling == "delayed"
         self.owner: Scaling | None = None
-        self.in_use: Callable[[], Tensor | None] | None = None
+        self.in_use: Callable[[], tuple[Tensor, ...] | None] | None = None
         self.loaded: float | None = None
         self.index, self.measured = 0, False
 
@@ -299,6 +309,13 @@ class Scaling:
         if self.amax is not None:
             self.amax.masked_fill_(~self._copies, 0.0)
 
+    def fixed(self) -> object | None:
+        """See `ScalingState`: which sites have a history, and where the weights' copies lie."""
+        weights = [site.in_use() for site in self.sites if site.in_use is not None]
+        if self.amax is None or None in weights:
+            return None
+        return tuple(self.seen), self._loss_scale, tuple(x.data_ptr() for held in weights if held is not None for x in held)
+
     def state(self) -> dict[str, Tensor]:
         """Of delayed scaling, for each layer `scale` (k,) and `amax_history` (L, k) fp32; a scale of 0 stands for none yet.
 
@@ -312,7 +329,7 @@ class Scaling:
         for site in self.sites:
             in_use = None if site.in_use is None else site.in_use()
             if kept[site.index] and in_use is not None:
-                scale[site.index] = in_use
+                scale[site.index] = in_use[0]
         parts: dict[str, Tensor] = {}
         for layer, part in self.layers.items():
             parts[f"{layer}.scale"] = scale[part]

@@ -263,3 +263,7 @@ class EngineScaling:
         """Drop what was not finite from the histories."""
         for it in self._engines().values():
             it.forget_nonfinite()
+
+    def fixed(self) -> object | None:
+        """Nothing can be said of what Transformer Engine's modules decide by."""
+        return None

@@ -1,0 +1,127 @@
+"""A step's micro-batches, each one launch: forward and backward are captured in CUDA graphs once, and replayed from then on.
+
+A micro-batch is some 900 kernels, and Python needs about 90 µs for each: on an H200 d12's kernels took 76.5 ms of a micro-batch of
+83.3, for the rest the GPU waited. Nothing in them depends on a number that the host must know, so the same launches, on the same
+memory, do for every micro-batch.
+
+* Two graphs share one pool of memory: a step's first micro-batch writes the gradients, further ones add to them. The gradients
+  stay where they are; `zero_grad` takes them off the parameters, and the next first micro-batch puts them back.
+* What the host decides by must stay: scales come from a history once there is one (`Scaling.seen`), FP8 copies of weights lie where
+  optimizers write them. `ScalingState.fixed` says all of it; graphs are captured once two steps in a row began with the same, and
+  another answer drops them. So the first steps run as ever, and compile what has to be compiled.
+* The pool is the graphs' alone. Activations lie in it that the optimizers' step could otherwise use for its workspace, and the
+  allocator counts them as free: `hidden` is what has to be added to what it says.
+
+Not captured are several processes (FP8 copies of what others own are cast anew each step, elsewhere), updates in the middle of
+backward, and Transformer Engine, whose modules decide on the host.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat.gpt import GPT
+from nvfp8.precision import TEPrecision
+from nvfp8.scaling import Scaling
+
+
+def refusal(model: GPT, ranks: int = 1, update_early: bool = False) -> str | None:
+    """Why a model's micro-batches are launched kernel by kernel on a GPU, or None where they can be captured.
+
+    Args:
+        model: on any device.
+        ranks: processes that train it.
+        update_early: `--update-early`.
+    """
+    if isinstance(model.precision, TEPrecision):
+        return "Transformer Engine decides on the host"
+    if isinstance(model.scaling, Scaling) and any(site.kind == "weight" for site in model.scaling.sites):
+        return "a layer casts its weight anew each step"
+    if ranks > 1:
+        return "several processes train"
+    return "updates come in the middle of backward" if update_early else None
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    loss: Tensor
+
+
+class MicroBatches:
+    """Runs forward and backward of a model's micro-batches.
+
+    Attributes:
+        capturing: whether graphs are captured, as soon as that is possible.
+        how: "CUDA graphs", or why not, to print.
+        hidden: bytes in the graphs' pool that the allocator counts as free, and nobody else can have.
+    """
+
+    def __init__(self, model: GPT, singly: str | None):
+        """Capture graphs once that is possible; with a reason to launch kernels `singly`, never."""
+        if singly is None and not model.cos.is_cuda:
+            singly = "there is no CUDA device"
+        self.model, self.capturing = model, singly is None
+        self.how = f"launched kernel by kernel: {singly}" if singly else "CUDA graphs"
+        self._fixed: object = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._captured: list[_Captured] = []
+        self._gradients: list[Tensor | None] = []
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._scale, self.hidden = 0.0, 0
+
+    def begin(self) -> None:
+        """Before a step's first micro-batch, when no parameter has a gradient."""
+        fixed = self.model.scaling.fixed() if self.capturing else None
+        self._replaying = fixed is not None and fixed == self._fixed
+        self._fixed, self._index = fixed, 0
+        if not self._replaying:
+            self._drop()
+
+    def run(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Forward and backward of the step's next micro-batch.
+
+        Args:
+            inputs: (B, T) int64.
+            targets: (B, T) int64, −1 ignored.
+            scale: factor of the loss, 1 / accumulation steps / ranks; the same every time.
+
+        Returns:
+            The loss times `scale`, 0-D fp32; the next call may overwrite it.
+        """
+        which, self._index = min(self._index, 1), self._index + 1
+        if not self._replaying:
+            loss = self.model(inputs, targets, scale)
+            loss.backward()
+            return loss.detach()
+        if self._inputs is None:
+            self._inputs, self._scale = (inputs.clone(), targets.clone()), scale
+        if inputs.shape != self._inputs[0].shape or scale != self._scale:
+            raise ValueError(f"captured were {tuple(self._inputs[0].shape)} tokens with a loss times {self._scale}")
+        for mine, given in zip(self._inputs, (inputs, targets), strict=True):
+            mine.copy_(given)
+        if which == len(self._captured):
+            self._capture()
+        if which == 0:
+            for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
+                parameter.grad = gradient
+        graph, loss = self._captured[which]
+        graph.replay()
+        return loss
+
+    def _capture(self) -> None:
+        """Capture the first micro-batch of a step, or, once that is, a further one. Nothing is computed."""
+        assert self._inputs is not None
+        pool = self._captured[0].graph.pool() if self._captured else None
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which bring the next batch, may go on allocating pinned memory.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = self.model(*self._inputs, self._scale)
+            loss.backward()
+        self._captured.append(_Captured(graph, loss.detach()))
+        self._gradients = [parameter.grad for parameter in self.model.parameters()]
+        peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        self.hidden = max(self.hidden, peak - now)
+        torch.cuda.reset_peak_memory_stats()

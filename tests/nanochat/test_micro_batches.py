@@ -1,0 +1,168 @@
+"""Micro-batches in CUDA graphs compute what single launches do; when they are captured, and when not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanochat import metrics
+from nanochat.build import build_model, build_optimizers
+from nanochat.dataset import base_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import Counted, Setup, predict
+from nanochat.micro_batches import MicroBatches, refusal
+from nanochat.param_groups import groups, ownership
+from nanochat.process import make_deterministic, restored
+from nanochat.train import train
+from nanochat.train_config import TrainConfig
+from nvfp8.precision import Precision, bf16, fp8, te
+from nvfp8.recipe import RECIPES, parse_recipe
+from nvfp8.scaling import Scaling
+
+SHAPE = GPTConfig(64, 512, 4, 2, 2, 64, "SL")
+EMULATED = fp8(RECIPES["delayed"], emulated=True)
+
+
+class Steps:
+    """A model with its optimizers, a step at a time, on fixed tokens."""
+
+    def __init__(self, precision: Precision, device: str, singly: str | None, shape: GPTConfig = SHAPE):
+        self.model: GPT = build_model(shape, precision, torch.device(device))
+        every = groups(self.model, shape, weight_decay=0.1)
+        self.optimizers = build_optimizers(every, ownership(every, 1), 0, precision.compute_dtype)
+        self.micro_batches = MicroBatches(self.model, singly)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(shape.vocab_size, (6, 4, shape.sequence_len + 1), generator=generator).to(device)
+
+    def step(self, count: int = 3) -> list[float]:
+        losses = []
+        self.micro_batches.begin()
+        for tokens in self.tokens[:count]:
+            losses.append(self.micro_batches.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1 / count).clone())
+        assert self.model.scaling.update() == []
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return torch.stack(losses).tolist()
+
+
+def fixed(model: GPT) -> Any:
+    return model.scaling.fixed()
+
+
+# ------------------------------------------------------------------------------------------------------- on any machine
+
+
+def test_what_the_host_decides_by_settles_in_two_steps() -> None:
+    it = Steps(EMULATED, "cpu", None)
+    assert it.micro_batches.how == "launched kernel by kernel: there is no CUDA device"
+    assert fixed(it.model) is None  # no scale is on any device
+    seen = []
+    for _ in range(4):
+        it.step()
+        seen.append(fixed(it.model))
+    assert seen[0] is None  # projections that start at zero had no amax: their next copies will be cast elsewhere
+    assert seen[1] is not None and seen[1] == seen[2] == seen[3]
+
+
+def test_what_a_graph_must_not_go_on_with_is_seen() -> None:
+    it = Steps(EMULATED, "cpu", None)
+    for _ in range(3):
+        it.step()
+    before = fixed(it.model)
+    with torch.no_grad():
+        it.model.blocks[1].attn.c_k.weight.mul_(2)
+    assert fixed(it.model) is None  # its copies will be cast anew
+    it.step()
+    assert fixed(it.model) not in (None, before)  # they lie elsewhere
+    scaling = it.model.scaling
+    assert isinstance(scaling, Scaling)
+    before, scaling.seen[0] = fixed(it.model), not scaling.seen[0]
+    assert fixed(it.model) != before
+    assert fixed(build_model(SHAPE, bf16(), torch.device("cpu"))) == ()
+
+
+def test_refusals_name_their_reason() -> None:
+    def model(precision: Precision) -> GPT:
+        with torch.device("meta"):
+            return GPT(SHAPE, precision)
+
+    assert refusal(model(bf16())) is None and refusal(model(EMULATED)) is None
+    assert refusal(model(bf16()), ranks=2) == "several processes train"
+    assert refusal(model(EMULATED), update_early=True) == "updates come in the middle of backward"
+    assert refusal(model(te(RECIPES["delayed"]))) == "Transformer Engine decides on the host"
+    for recipe in ("current", "delayed:bf16=h.1.mlp.c_fc:dgrad"):
+        assert refusal(model(fp8(parse_recipe(recipe), emulated=True))) == "a layer casts its weight anew each step"
+
+
+def test_the_optimizers_work_beside_a_graphs_memory() -> None:
+    setup = Setup(GPTConfig.from_depth(12, window_pattern="L"), fp8(RECIPES["delayed"]), 32)
+    counted = Counted(setup)
+    singly, graphs = predict(setup, counted), predict(replace(setup, graphs=True), counted)
+    assert graphs.moment == "the optimizer's step"
+    assert graphs.total == singly.total + counted.workspace()["Muon's workspace"]
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def on_gpu() -> Precision:
+    return fp8(RECIPES["delayed"], emulated=torch.cuda.get_device_capability() < (8, 9))
+
+
+WIDE = GPTConfig(256, 512, 4, 2, 2, 256, "SL")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_graphs_compute_what_single_launches_do(kind: str) -> None:
+    with restored():
+        make_deterministic()
+        precision = bf16() if kind == "bf16" else on_gpu()
+        one, other = Steps(precision, "cuda", "to compare with", WIDE), Steps(precision, "cuda", None, WIDE)
+        for _ in range(7):
+            assert one.step() == other.step()
+        assert other.micro_batches.hidden > 0 == one.micro_batches.hidden
+        for (name, p), (_, q) in zip(one.model.named_parameters(), other.model.named_parameters(), strict=True):
+            assert torch.equal(p, q), name
+        # A weight that somebody writes is seen, and so are its copies.
+        for it in (one, other):
+            with torch.no_grad():
+                it.model.blocks[2].mlp.c_fc.weight.mul_(1.5)
+        for _ in range(4):
+            assert one.step() == other.step()
+
+
+@pytest.mark.gpu
+def test_evaluation_between_steps_changes_nothing() -> None:
+    with restored():
+        make_deterministic()
+        one, other = (Steps(on_gpu(), "cuda", None, WIDE) for _ in range(2))
+        for _ in range(6):
+            assert one.step() == other.step()
+            with torch.no_grad():
+                other.model.token_losses(other.tokens[0][:, :-1], other.tokens[0][:, 1:])
+
+
+@pytest.mark.gpu
+def test_another_number_of_micro_batches_needs_no_other_graphs() -> None:
+    it = Steps(on_gpu(), "cuda", None, WIDE)
+    for count in (3, 3, 3, 3):
+        it.step(count)
+    with pytest.raises(ValueError, match=r"captured were \(4, 256\) tokens with a loss times 0.33"):
+        it.step(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_a_run_is_the_same_with_and_without(precision: str, trained: Any) -> None:
+    config: TrainConfig = replace(trained, precision=precision, deterministic=True, num_iterations=8, device_type="cuda")
+    losses: dict[bool, list[float]] = {}
+    for singly in (False, True):
+        train(replace(config, no_cuda_graphs=singly, model_tag=f"singly-{singly}"))
+        records = metrics.read(base_dir() / "base_checkpoints" / f"singly-{singly}")
+        losses[singly] = [record["loss"] for record in records if record["kind"] == "step"]
+    assert losses[True] == losses[False] and len(losses[True]) == 8
+
