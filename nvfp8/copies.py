@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nvfp8.reference_optim import Copies
-from nvfp8.scaling import Site
+from nvfp8.scaling import Scaling, Site, owner
 
 _Version = tuple[int, int, int]
 
@@ -40,13 +40,14 @@ class Held:
         t: (K, N), or None.
         scale: 0-D fp32 they were multiplied by, theirs alone.
         inverse: 0-D fp32, 1 / scale.
+        site: where they are cast.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], site: Site, q: Tensor | None, t: Tensor | None, scale: Tensor, inverse: Tensor
     ) -> None:
         """Hold copies that were just cast at `site`, from parameters (Nᵢ, K)."""
-        self.q, self.t, self.scale, self.inverse, self._site = q, t, scale, inverse, site
+        self.q, self.t, self.scale, self.inverse, self.site = q, t, scale, inverse, site
         # Of which version of each parameter its part is a copy: None from the beginning of a round until it is written.
         self._of: list[_Version | None] = [_version(p) for p in parameters]
         self._places = {id(p): place for place, p in enumerate(parameters)}
@@ -63,7 +64,7 @@ class Held:
     def writable(self, parameter: Tensor, updated: AbstractSet[int]) -> bool:
         """Whether an optimizer that updates those of the ids `updated` may write the copies of `parameter`."""
         # Emulation is for a GPU that cannot cast, too.
-        possible = self._site.ready and not (self._site.emulated and parameter.is_cuda)
+        possible = self.site.ready and not (self.site.emulated and parameter.is_cuda)
         return possible and self._places.keys() <= updated and parameter.shape == self._parts[self._places[id(parameter)]][0].shape
 
     def begin(self, parameter: Tensor) -> bool:
@@ -75,16 +76,16 @@ class Held:
 
     def part(self, parameter: Tensor) -> Copies:
         """Where `parameter` is written."""
-        return Copies(*self._parts[self._places[id(parameter)]], self.scale, self._site.amax)
+        return Copies(*self._parts[self._places[id(parameter)]], self.scale, self.site.amax)
 
     def finish(self, parameter: Tensor) -> None:
         """Count its part as a copy of `parameter` as it is now."""
         self._of[self._places[id(parameter)]] = _version(parameter)
 
     @property
-    def renewed(self) -> tuple[Site, Tensor, Tensor]:
-        """What a round begins with: where its scale comes from, and where scale and reciprocal go."""
-        return self._site, self.scale, self.inverse
+    def scaling(self) -> Scaling:
+        """Where the scale of the next copies comes from."""
+        return owner(self.site)
 
 
 _HELD: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # weak references to Held, by parameter
@@ -104,11 +105,14 @@ def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tenso
     """
     ids = {id(p) for p in updated}
     found = {p: held for p in parameters if (held := _held(p)) is not None and held.writable(p, ids)}
-    rounds = [held.renewed for p, held in found.items() if held.begin(p)]
-    if rounds:
-        to = [*(scale for _, scale, _ in rounds), *(inverse for _, _, inverse in rounds)]
-        torch._foreach_copy_(to, [*(site.scale for site, _, _ in rounds), *(site.inverse for site, _, _ in rounds)])
-        torch._foreach_zero_([site.amax for site, _, _ in rounds])
+    rounds = [held for p, held in found.items() if held.begin(p)]
+    for scaling in {id(held.scaling): held.scaling for held in rounds}.values():
+        own = [held for held in rounds if held.scaling is scaling]
+        scales = scaling.scales_of_copies()
+        new = [scales.unbind(), scales.reciprocal().unbind()]
+        to = [*(held.scale for held in own), *(held.inverse for held in own)]
+        torch._foreach_copy_(to, [each[held.site.index] for each in new for held in own])
+        torch._foreach_zero_([held.site.amax for held in own])
     return {p: held.part(p) for p, held in found.items()}
 
 

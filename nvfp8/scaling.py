@@ -303,6 +303,14 @@ class Scaling:
         self.scale.copy_(torch.where(self._renewed, scale_of(expected, self._largest, self.scale), self.scale))
         self.inverse.copy_(self.scale.reciprocal())
 
+    def scales_of_copies(self) -> Tensor:
+        """(n,) fp32, by which an optimizer's next copies are made: the history's, or less where the amax now is above it.
+
+        It is where the history has not seen the weights as they are: an update within backward comes before the step's entry.
+        """
+        assert self.amax is not None
+        return torch.minimum(self.scale, scale_of(self.amax, self._largest, self.scale))
+
     @torch.no_grad()
     def forget(self) -> None:
         """Drop the amaxes since the last update; those of weights' copies, which are still there, stay."""

@@ -215,18 +215,20 @@ class TestRuns:
         state = json.loads((find(base_dir() / "base_checkpoints" / tag, None).path / "state.json").read_text())
         assert state["layers"]["GEMMs left in bf16"] == kept
 
-    @pytest.mark.parametrize("name", ["delayed", "current"])
+    @pytest.mark.parametrize(("name", "early"), [("delayed", False), ("delayed", True), ("current", False)])
     def test_a_resumed_run_equals_the_uninterrupted_one(
-        self, config: TrainConfig, name: str, monkeypatch: pytest.MonkeyPatch
+        self, config: TrainConfig, name: str, early: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         casts: list[Projection] = []
         original = Projection._cast
         monkeypatch.setattr(Projection, "_cast", lambda self: casts.append(self) or original(self))
         config = replace(config, aspect_ratio=40, recipe=name, num_iterations=6, deterministic=True, save_every=3, keep=5)
+        config = replace(config, update_early=early)
         train(replace(config, model_tag="whole"))
-        # Optimizers write the copies of 4 projections a block, of which 2 begin with zeros, and of the head.
+        # Optimizers write the copies of 4 projections a block, of which 2 begin with zeros, and of the head, once there is a
+        # history: updates within backward come before the first step's entry.
         written = name == "delayed" and (HAS_FP8 or not torch.cuda.is_available())
-        assert len(casts) == (3 * 4 + 1 + 3 * 2 if written else 6 * (3 * 4 + 1))
+        assert len(casts) == ((1 + early) * (3 * 4 + 1) + 3 * 2 if written else 6 * (3 * 4 + 1))
         train(replace(config, model_tag="parts"))
         for step in (6,):
             for path in (base_dir() / "base_checkpoints" / "parts").glob(f"step_{step:06d}"):

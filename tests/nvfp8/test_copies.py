@@ -212,10 +212,12 @@ def test_updated_early_it_is_the_same_but_for_a_step_of_history(casts: list[Proj
     early = UpdateEarly([optimizer])
     for step in range(5):
         casts.clear()
+        optimizer.param_groups[0]["lr"] = 0.02 * (step + 1)  # what begins with zeros has 1, 3, 6 of the first rate
         early.begin()
         model.backward(step)
         early.finish()
         assert early.bad is None and model.scaling.update() == []
+        assert all(float(part.weight().scale * part.w.amax) < 448.001 for part in model.projections)
     assert casts == []
     assert_casts(model)
 
@@ -244,6 +246,7 @@ def test_a_resumed_run_computes_with_the_same_codes(
                 model.layers.load_state_dict(weights)
                 optimizer.load_state_dict(state)
                 model.scaling.load({key: value.clone() for key, value in scales.items()})
+            optimizer.param_groups[0]["lr"] *= step + 1
             if step == 3:  # one that is not applied
                 model.backward(step)
                 model.scaling.forget()
