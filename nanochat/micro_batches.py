@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanochat.gpt import GPT
 from nvfp8.precision import TEPrecision
+from nvfp8.rounding import BLOCK
 from nvfp8.scaling import Scaling
 
 
@@ -36,8 +37,9 @@ def refusal(model: GPT, ranks: int = 1, update_early: bool = False) -> str | Non
     """
     if isinstance(model.precision, TEPrecision):
         return "Transformer Engine decides on the host"
-    if isinstance(model.scaling, Scaling) and any(site.kind == "weight" for site in model.scaling.sites):
-        return "a layer casts its weight anew each step"
+    kinds = {site.kind for site in model.scaling.sites} if isinstance(model.scaling, Scaling) else set()
+    if "weight" in kinds or (kinds and model.config.n_embd % BLOCK):
+        return "not every weight's FP8 copies are written by an optimizer"
     if ranks > 1:
         return "several processes train"
     return "updates come in the middle of backward" if update_early else None
