@@ -87,9 +87,10 @@ SMALLEST = 768  # short side from which another way than "full" is taken: below 
 def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Capability | None) -> str:
     """The way that Muon goes for a shape.
 
-    From the times of single products (`nvfp8/kernels/symmetric.py`; PX by `torch.bmm`, 0.0101k ms) the five steps of a 1536 × 1536k
-    matrix should take an H100 0.086k + 0.038 ms by "half" and 0.052k + 0.085 by "gram", the same at k = 1.35; by "full" they took
-    0.19 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on, the least at which its accuracy was computed.
+    From the times of single products (`nvfp8/kernels/symmetric.py`; PX as cuBLAS's whole XXᵀ at k = 4, as many operations, 0.0093k
+    ms) the five steps of a 1536 × 1536k matrix should take an H200 0.079k + 0.035 ms by "half", 0.048k + 0.079 by "gram", the same
+    at k = 1.4; by "full" an H100 took 0.19 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on, the least at which its
+    accuracy was computed.
 
     Args:
         rows: of the matrix.

@@ -8,42 +8,35 @@ Persistent: a program walks over tiles, a matrix's first to last, so what runs t
 one has 18.9 MB; the L2 cache has 50). Two programs share a multiprocessor, so that one multiplies while the other writes its tile.
 TMA brings rows of X or columns of it as they lie, so XᵀX of a tall X takes no transpose; and takes a tile and its mirror image as
 whole squares from where operands lay before, so three stages of operands are all the shared memory that a program needs: 96 KiB.
+Programs make their descriptors themselves, 128 bytes each, so a launch is pointers and integers.
 
-What bounds it is likely the way from the L2 cache: a square of 128 × 128 reads 512 bytes for 2 · 128² operations, at the tensor
-cores' full rate (4096 a cycle) 64 bytes a cycle, all that a multiprocessor can take. So a square on the diagonal of XXᵀ, whose two
-operands are one, loads it once: of 78 squares 12, of 21 at 768 rows 6. Tiles of WIDTH 256 read a quarter less, but leave
-one program to a multiprocessor, and nothing runs while that one writes.
+A tile on the diagonal of XXᵀ, whose two operands are one, loads it once: of 78 tiles 12, of 21 at 768 rows 6. Any on the diagonal
+takes its lower half from its upper, so the result is exactly symmetric even where a·bᵀ is so only up to rounding. bf16 and fp16 go
+to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
 
-A tile on the diagonal takes its lower half from its upper, so the result is exactly symmetric even where a·bᵀ is so only up to
-rounding. bf16 and fp16 go to tensor cores and accumulate in fp32. fp32 is multiplied as fp32, for tests: no tensor core does that.
+Time on an H200 in ms, and as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm` where C is added
+(2026-11-29, torch 2.11, Triton 3.6, fp16; medians of 10). The tiles that are computed are 0.54 of all at 1536 rows, 0.58 at 768:
 
-Descriptors of 128 bytes tell TMA where operands lie. Programs make them themselves, so a launch is pointers and integers; large
-products get them from the host, whose time the GPU then hides. With four or five a launch the host took some 0.24 ms, and Muon at
-d12 waited for Python (48 of 768 × 768: 2.64 ms there, 2.71 with the GPU); with descriptors made on the GPU it took a sixth, but 24
-of 1536 × 1536 took the GPU 0.196 ms for XXᵀ instead of 0.185, and 0.202 for bA + cA² instead of 0.184 (H100; docs/log.md).
-
-Time on an H100 as a share of cuBLAS's for the full product, by `torch.bmm`, and `torch.baddbmm` where C is added (torch 2.11,
-Triton 3.6, bf16, at 4c4c891: four warps, both squares written in four parts, all descriptors from the host, two loads on the
-diagonal; the present form is not measured yet). The tiles that are computed are 0.54 of all at 1536 rows and 0.58 at 768:
-
-| | A² | bA + cA² | XXᵀ | XᵀX, X tall |
+| | XXᵀ | XᵀX, X tall | bA + cA² | PG |
 | --- | --- | --- | --- | --- |
-| 24 of 1536 × 1536; 8 of 1536 × 6144 | 0.76 | 0.53 | 0.69 | 0.68 |
-| 48 of 768 × 768; 12 of 768 × 3072 | | 0.48 | 0.53 | 0.66 |
+| 24 of 1536 × 1536 | 0.1614, 0.677 | | 0.1681, 0.520 | 0.1770, 0.715 |
+| 8 of 1536 × 1536 | | | 0.0677, 0.584 | |
+| 8 of 1536 × 6144 | 0.2114, 0.712 | 0.2133, 0.713 | | |
+| 48 of 768 × 768 | 0.0563, 0.824 | | 0.0605, 0.516 | |
+| 12 of 768 × 3072 | 0.0443, 0.631 | | | |
 
-(ms, in the order of the table: 0.185, 0.184, 0.230, 0.226; 0.063, 0.044, 0.046.) Tiles of 128 × 256, one program a multiprocessor,
-took 0.75, 0.59, 0.65, 0.67; 0.61, 0.91, 1.07. With one loop over tiles and steps along k, so that the next tile's loads run while
-this one is written, they took 0.95, 0.69, 0.86, 1.12; 0.72, 1.25, 1.95.
+Tried beside it: tiles of 128 × 256, one program a multiprocessor, took 0.98 to 1.16 times as long at 1536 rows, 1.23 to 1.81 at
+768. Descriptors from the host saved the GPU some 1 % of the large products (0.1598, 0.1654, 0.2093 for 0.1614, 0.1681, 0.2114) and
+cost the host 74 to 99 µs a launch instead of 56 to 76, more than a GPU takes for the small ones, where they saved 2 to 5 %. With
+them, a program a tile took 0.99 to 1.04 of the time of persistent ones; in one measurement 0.92 (XXᵀ, 8 of 1536 × 6144: 0.1936).
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nvfp8.kernels.fp8 import INTERPRETED, roomy
 
@@ -52,52 +45,37 @@ from nvfp8.kernels.fp8 import INTERPRETED, roomy
 @triton.jit(do_not_specialize=["MATRICES", "SIZE", "DEPTH", "A_MATRIX", "A_LINE", "B_MATRIX", "B_LINE"])
 def _symmetric_product(
     A, B, C, OUT, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, B_MATRIX, B_LINE, ALPHA, BETA, DIAGONAL,
-    A_COLUMNS: tl.constexpr, B_COLUMNS: tl.constexpr, SAME: tl.constexpr, DESCRIBED: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, STORING: tl.constexpr,
+    A_COLUMNS: tl.constexpr, B_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIBED:
-        a_tiles, b_tiles, c_tiles, out = A, B, C, OUT
-    else:
-        a_tiles = _operand(A, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, BLOCK, BK, A_COLUMNS)
-        b_tiles = None if B is None else _operand(B, MATRICES, SIZE, DEPTH, B_MATRIX, B_LINE, WIDTH, BK, B_COLUMNS)
-        c_tiles = None if C is None else _square(C, MATRICES, SIZE, BLOCK)
-        out = _square(OUT, MATRICES, SIZE, BLOCK)
-    if B is None:
-        b_tiles = a_tiles
-    blocks = tl.cdiv(SIZE, WIDTH)
-    tiles = WIDTH // BLOCK * (blocks * (blocks + 1) // 2)
-    for tile in tl.range(tl.program_id(0), tiles * MATRICES, tl.num_programs(0), num_stages=STORING):
+    a_tiles = _operand(A, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, BLOCK, BK, A_COLUMNS)
+    b_tiles = a_tiles if B is None else _operand(B, MATRICES, SIZE, DEPTH, B_MATRIX, B_LINE, BLOCK, BK, B_COLUMNS)
+    c_tiles = None if C is None else _square(C, MATRICES, SIZE, BLOCK)
+    out = _square(OUT, MATRICES, SIZE, BLOCK)
+    blocks = tl.cdiv(SIZE, BLOCK)
+    tiles = blocks * (blocks + 1) // 2
+    # One stage: a square waits in memory that operands have left. In 32 KiB of its own, two programs would no longer fit.
+    for tile in tl.range(tl.program_id(0), tiles * MATRICES, tl.num_programs(0), num_stages=1):
         matrix = tile // tiles
-        m, n = _place(tile % tiles, BLOCK, WIDTH)
+        m, n = _place(tile % tiles, BLOCK)
         # Each with an end of its own: where sums meet behind a branch, ptxas waits for every wgmma before it begins the next.
-        if SAME and m - n == WIDTH - BLOCK:  # what else is in a wide tile there is below the diagonal
-            square = _self_product(a_tiles, matrix, m, DEPTH, BLOCK, BK, A_COLUMNS)
-            _finish(square, c_tiles, out, matrix, m, m, ALPHA, BETA, DIAGONAL, BLOCK, BLOCK)
+        if B is None and m == n:
+            square = _product(a_tiles, None, matrix, m, m, DEPTH, BLOCK, BK, A_COLUMNS, A_COLUMNS)
+            _finish(square, c_tiles, out, matrix, m, m, ALPHA, BETA, DIAGONAL, BLOCK)
         else:
-            total = _product(a_tiles, b_tiles, matrix, m, n, DEPTH, BLOCK, WIDTH, BK, A_COLUMNS, B_COLUMNS)
-            _finish(total, c_tiles, out, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK, WIDTH)
+            total = _product(a_tiles, b_tiles, matrix, m, n, DEPTH, BLOCK, BK, A_COLUMNS, B_COLUMNS)
+            _finish(total, c_tiles, out, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK)
 
 
 @triton.jit
 def _product(
-    A, B, matrix, m, n, DEPTH, ROWS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, A_COLUMNS: tl.constexpr,
-    B_COLUMNS: tl.constexpr,
+    A, B, matrix, m, n, DEPTH, BLOCK: tl.constexpr, BK: tl.constexpr, A_COLUMNS: tl.constexpr, B_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    """Rows m of A times rows n of B; B None: times themselves, loaded once."""
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, DEPTH, BK):
-        a = _rows(A, matrix, m, k, ROWS, BK, A_COLUMNS)
-        b = _rows(B, matrix, n, k, WIDTH, BK, B_COLUMNS)
+        a = _rows(A, matrix, m, k, BLOCK, BK, A_COLUMNS)
+        b = a if B is None else _rows(B, matrix, n, k, BLOCK, BK, B_COLUMNS)
         total = tl.dot(a, b.T, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _self_product(A, matrix, m, DEPTH, ROWS: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
-    """A square on the diagonal of XXᵀ: what it multiplies is loaded once."""
-    total = tl.zeros((ROWS, ROWS), tl.float32)
-    for k in range(0, DEPTH, BK):
-        a = _rows(A, matrix, m, k, ROWS, BK, COLUMNS)
-        total = tl.dot(a, a.T, total, input_precision="ieee")
     return total
 
 
@@ -120,14 +98,12 @@ def _square(X, MATRICES, SIZE, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(number, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    # Tiles count down the columns: column j has (j + 1)·WIDTH/BLOCK in the upper half, so it begins at j(j + 1)/2 of those.
-    EACH: tl.constexpr = WIDTH // BLOCK
-    square = number // EACH
-    j = ((tl.sqrt(8.0 * square + 1.0) - 1.0) * 0.5).to(tl.int32)  # the root may be off by a bit
-    j = tl.where((j + 1) * (j + 2) // 2 <= square, j + 1, j)
-    j = tl.where(j * (j + 1) // 2 > square, j - 1, j)
-    return (number - EACH * (j * (j + 1) // 2)) * BLOCK, j * WIDTH
+def _place(number, BLOCK: tl.constexpr):
+    # Tiles count down the columns: column j has j + 1 in the upper half, so it begins at j(j + 1)/2.
+    j = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)  # the root may be off by a bit
+    j = tl.where((j + 1) * (j + 2) // 2 <= number, j + 1, j)
+    j = tl.where(j * (j + 1) // 2 > number, j - 1, j)
+    return (number - j * (j + 1) // 2) * BLOCK, j * BLOCK
 
 
 @triton.jit
@@ -139,38 +115,28 @@ def _rows(X, matrix, row, k, ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _finish(total, C, OUT, matrix, m, n, ALPHA, BETA, DIAGONAL, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write α·total + β·C + δ·I at (m, n) and its mirror image at (n, m), a square at a time; none that is below the diagonal."""
-    if COLUMNS > ROWS:
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        if n >= m:
-            _finish(left, C, OUT, matrix, m, n, ALPHA, BETA, DIAGONAL, ROWS, COLUMNS // 2)
-        _finish(right, C, OUT, matrix, m, n + COLUMNS // 2, ALPHA, BETA, DIAGONAL, ROWS, COLUMNS // 2)
+def _finish(total, C, OUT, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK: tl.constexpr):
+    """Write α·total + β·C + δ·I at (m, n) and its mirror image at (n, m)."""
+    total *= ALPHA
+    if C is not None:
+        total += BETA * C.load([matrix, m, n]).reshape(BLOCK, BLOCK).to(tl.float32)
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    total += tl.where((m == n) & (i == j), DIAGONAL, 0.0)
+    result = total.to(OUT.dtype)
+    if m == n:
+        OUT.store([matrix, m, n], tl.where(i <= j, result, result.T).reshape(1, BLOCK, BLOCK))
     else:
-        total *= ALPHA
-        if C is not None:
-            total += BETA * C.load([matrix, m, n]).reshape(ROWS, ROWS).to(tl.float32)
-        i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
-        total += tl.where((m == n) & (i == j), DIAGONAL, 0.0)
-        result = total.to(OUT.dtype)
-        if m == n:
-            OUT.store([matrix, m, n], tl.where(i <= j, result, result.T).reshape(1, ROWS, ROWS))
-        else:
-            OUT.store([matrix, m, n], result.reshape(1, ROWS, ROWS))
-            OUT.store([matrix, n, m], result.T.reshape(1, ROWS, ROWS))
+        OUT.store([matrix, m, n], result.reshape(1, BLOCK, BLOCK))
+        OUT.store([matrix, n, m], result.T.reshape(1, BLOCK, BLOCK))
 
 
-# BLOCK: rows of a tile; WIDTH: columns of it, BLOCK or twice as many; BK: along k; STORING: stages of the loop over tiles. With 1 a
-# square waits in memory that operands have left until it is written; with more it waits in memory of its own, beside the next tile.
+# BLOCK: rows and columns of a tile; BK: along k.
 TILES: dict[str, dict[str, int]] = {
-    "hopper": {"BLOCK": 128, "WIDTH": 128, "BK": 64, "STORING": 1, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-    "other": {"BLOCK": 128, "WIDTH": 128, "BK": 32, "STORING": 1, "num_warps": 8, "num_stages": 3},
-    "fp32": {"BLOCK": 64, "WIDTH": 64, "BK": 32, "STORING": 1, "num_warps": 4, "num_stages": 2},
-    "interpreted": {"BLOCK": 32, "WIDTH": 32, "BK": 32, "STORING": 1, "num_warps": 4, "num_stages": 2},
+    "hopper": {"BLOCK": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "other": {"BLOCK": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    "fp32": {"BLOCK": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
+    "interpreted": {"BLOCK": 32, "BK": 32, "num_warps": 4, "num_stages": 2},
 }
-# n·m·m·k from which the host describes the operands: d24's 24 of 1536 × 1536 (8.7e10) and 8 of 1536 × 6144, which take the GPU as
-# long as four descriptors take the host; not 8 of 1536 × 1536 (2.9e10, some 0.07 ms), nor anything of d12 (2.2e10).
-LARGE = 5 * 10**10
 
 
 def _tiles(dtype: torch.dtype) -> dict[str, int]:
@@ -182,11 +148,11 @@ def _tiles(dtype: torch.dtype) -> dict[str, int]:
 
 
 @cache
-def _together(device: torch.device, wide: bool) -> int:
-    """How many programs run at once: two of a Hopper tile's on a multiprocessor, one if the tile is wide."""
+def _together(device: torch.device) -> int:
+    """How many programs run at once: two of a Hopper tile's on a multiprocessor."""
     if device.type != "cuda":
         return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if roomy() and not wide else 1)
+    return torch.cuda.get_device_properties(device).multi_processor_count * (2 if roomy() else 1)
 
 
 def symmetric_product_(
@@ -200,34 +166,17 @@ def symmetric_product_(
     assert c is None or (c.dtype == out.dtype and c.shape == out.shape), "c is to be as the result is"
     for written in (out,) if c is None else (out, c):
         _lines(written)
+    a_matrix, a_line, a_columns = _lines(a)
+    b_matrix, b_line, b_columns = (0, 0, a_columns) if b is a else _lines(b)
     options = _tiles(out.dtype)
-    block, width, bk = options["BLOCK"], options["WIDTH"], options["BK"]
-    a_matrix, a_line, a_columns = b_matrix, b_line, b_columns = _lines(a)
-    if b is not a:
-        b_matrix, b_line, b_columns = _lines(b)
-    operands: list[Any] = [a, None if b is a and width == block else b, c, out]
-    described = n * size * size * depth >= LARGE
-    if described:
-        operands[0] = _described(a, a_matrix, a_line, a_columns, block, bk)
-        if operands[1] is not None:
-            operands[1] = _described(b, b_matrix, b_line, b_columns, width, bk)
-        operands[2:] = [x if x is None else _described(x, size * size, size, False, block, block) for x in (c, out)]
-    blocks = -(-size // width)  # triton.cdiv takes 2.6 µs of the host
-    programs = min(n * blocks * (blocks + 1) // 2 * (width // block), _together(out.device, width > block))
+    blocks = -(-size // options["BLOCK"])  # triton.cdiv takes 2.6 µs of the host
+    programs = min(n * blocks * (blocks + 1) // 2, _together(out.device))
     triton.set_allocator(_scratch)  # at each launch: it holds for one thread, and autograd's run optimizers, too
     with torch.cuda.device_of(out):  # Triton launches on the current one
         _symmetric_product[(programs,)](
-            *operands, n, size, depth, a_matrix, a_line, b_matrix, b_line, float(alpha), float(beta), float(diagonal),
-            A_COLUMNS=a_columns, B_COLUMNS=b_columns, SAME=b is a, DESCRIBED=described, **options,
+            a, None if b is a else b, c, out, n, size, depth, a_matrix, a_line, b_matrix, b_line,
+            float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
         )  # fmt: skip
-
-
-def _described(x: Tensor, matrix: int, line: int, by_columns: bool, rows: int, columns: int) -> TensorDescriptor:
-    """What `_operand` makes on the GPU."""
-    n, size, depth = x.shape
-    if by_columns:
-        return TensorDescriptor(x, [n, depth, size], [matrix, line, 1], [1, columns, rows])
-    return TensorDescriptor(x, [n, size, depth], [matrix, line, 1], [1, rows, columns])
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

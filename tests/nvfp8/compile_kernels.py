@@ -56,7 +56,6 @@ def main() -> None:
 def call_everything() -> None:
     from nvfp8 import kernels
     from nvfp8.embedding import token_order
-    from nvfp8.kernels import symmetric
     from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -113,7 +112,7 @@ def call_everything() -> None:
             ):
                 kernels.scale_rows_(x.bfloat16(), given, factor, x.to(written))
         if dtype == torch.bfloat16:
-            for computed, symmetric.LARGE in itertools.product((torch.bfloat16, torch.float16), (0, 10**12)):
+            for computed in (torch.bfloat16, torch.float16):
                 x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)
                 for rows_first in (x, x.mT.contiguous().mT):
                     kernels.symmetric_product_(rows_first, rows_first, gram)

@@ -245,21 +245,9 @@ def test_the_kernels_refuse_what_they_would_get_wrong() -> None:
 SQUARES = [(2, 12, 20), (1, 128, 64), (2, 132, 36), (1, 300, 96), (5, 64, 32)]
 
 
-@pytest.fixture(params=["by the GPU", "by the host", "by the host, wide tiles"])
-def described(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who describes operands, and tiles of both forms."""
-    from nvfp8.kernels.symmetric import TILES
-
-    monkeypatch.setattr("nvfp8.kernels.symmetric.LARGE", 0 if "host" in request.param else 2**62)
-    if "wide" in request.param:
-        wide = {name: {**tiles, "WIDTH": 2 * tiles["BLOCK"]} for name, tiles in TILES.items()}
-        wide["hopper"].pop("maxnreg", None)
-        monkeypatch.setattr("nvfp8.kernels.symmetric.TILES", wide)
-
-
 @pytest.mark.parametrize("shape", SQUARES)
 @pytest.mark.parametrize("tall", [True, False])
-def test_a_matrix_times_itself(shape: tuple[int, int, int], tall: bool, described: None) -> None:
+def test_a_matrix_times_itself(shape: tuple[int, int, int], tall: bool) -> None:
     n, m, k = shape
     x = random(n, k, m, seed=1).mT if tall else random(*shape, seed=1)
     memory = torch.full((n + 2, m, m), torch.nan, device=DEVICE)
@@ -271,7 +259,7 @@ def test_a_matrix_times_itself(shape: tuple[int, int, int], tall: bool, describe
 
 
 @pytest.mark.parametrize("shape", SQUARES)
-def test_a_polynomial_and_a_product_of_two_that_commute(shape: tuple[int, int, int], described: None) -> None:
+def test_a_polynomial_and_a_product_of_two_that_commute(shape: tuple[int, int, int]) -> None:
     n, m, _ = shape
     g = random(n, m, m, seed=1) / m**0.5
     g = (g @ g.mT).contiguous()
@@ -303,7 +291,7 @@ def test_rows_that_16_bytes_do_not_divide_are_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tall", [True, False])
-def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bool, described: None) -> None:
+def test_tensor_cores_err_no_more_than_one_rounding(dtype: torch.dtype, tall: bool) -> None:
     x = random(3, *((1000, 392) if tall else (392, 1000)), seed=1, dtype=dtype) / 32
     rows = x.mT if tall else x
     gram = torch.full((3, 392, 392), torch.nan, device="cuda", dtype=dtype)
