@@ -288,7 +288,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_checkpoint_intact(
 
     monkeypatch.setattr(GPT, "forward", diverging)
     with pytest.raises(SystemExit) as exit_:
-        train(replace(config, save_every=2, max_bad_steps=3))
+        train(replace(config, save_every=2, max_bad_steps=3, no_cuda_graphs=True))  # a graph would not ask Python for the loss
     assert exit_.value.code == 1
     out = capsys.readouterr().out
     assert "step 4: the loss is not finite" in out

@@ -216,7 +216,7 @@ def test_copies_of_weights_have_room_keep_their_amax_and_the_scale_they_were_mad
     see(scaling, 3, 5)
     assert scaling.scale.tolist() == [pytest.approx(224 / 3), pytest.approx(56 / 5)] and copies.ready
     made_with = copies.scale.clone()
-    copies.in_use = lambda: made_with
+    copies.in_use = lambda: (made_with,)
     copies.amax.fill_(2)
     assert scaling.amax is not None
     for _ in range(2):
