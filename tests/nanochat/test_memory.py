@@ -208,7 +208,7 @@ def test_a_run_on_a_gpu_records_the_table(tmp_path: Path, monkeypatch: pytest.Mo
         cos = SimpleNamespace(device=torch.device(device))
         return SimpleNamespace(cos=cos, config=GPTConfig.from_depth(12), precision=bf16(), attention_backend="cudnn")
 
-    metrics, config = Metrics(tmp_path, 1, {}, console=False), TrainConfig(depth=12, device_batch_size=32)
+    metrics, config = Metrics(tmp_path, 1, {}, console=False), TrainConfig(depth=12, device_batch_size=32, no_cuda_graphs=True)
     assert memory.beside(metrics, config, model("cpu"), 8, 1, 0.9) == "peak memory 0.9 GiB"
     text = memory.beside(metrics, config, model("cuda"), 8, 1, 15.17)
     metrics.close()
