@@ -6,7 +6,8 @@
     python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
-first two steps, compilation included, imports and model initialization not. Medians. `peak_GiB` counts what CUDA graphs hold.
+first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Medians. `peak_GiB`
+counts what CUDA graphs hold.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
@@ -24,6 +25,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from nanochat import gauges
+from nanochat.ahead import compile_kernels
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted, Setup, predict
@@ -77,6 +79,9 @@ def main() -> None:
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizer_ms, losses = [], []
+    start = time.perf_counter()
+    compile_kernels(model, args.batch, args.adamw, formats)
+    ahead = time.perf_counter() - start
     all_groups = groups(model, config, weight_decay=0.28)
     optimizers = build_optimizers(all_groups, ownership(all_groups, 1), 0, precision.compute_dtype, args.adamw, formats)
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
@@ -109,7 +114,7 @@ def main() -> None:
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    warm = time.perf_counter() - start
+    warm = ahead + time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
     for _ in range(SETTLING if micro_batches.capturing else 0):
         step()
@@ -138,7 +143,8 @@ def main() -> None:
                 "outside_GiB": round(_outside(), 2),
                 "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
                 "update_early": args.update_early,
-                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None, "warm_s": round(warm, 1),
+                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None,
+                "warm_s": round(warm, 1), "ahead_s": round(ahead, 1),
                 "loss": round(losses[-1].item(), 4), "losses": [round(loss.item(), 3) for loss in losses],
                 "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
             }

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanochat import checkpoint, gauges, memory, parallel, process, report, run_page, schedule, step_profile
+from nanochat import ahead, checkpoint, gauges, memory, parallel, process, report, run_page, schedule, step_profile
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
@@ -98,6 +98,7 @@ class Run:
         say = print if world.rank == 0 else lambda line: None
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
         self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
+        ahead.compile_kernels(self.model, config.device_batch_size, config.adamw, config.formats)  # while memory is free
         self._build_optimizers()
         self.directory = directory or base_dir() / "base_checkpoints" / config.tag
         self.progress = Progress()
