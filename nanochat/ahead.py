@@ -1,9 +1,9 @@
 """Kernels compiled before a run's first step, on all cores: a miniature makes two steps in which Triton launches nothing.
 
 Triton compiles a kernel when it is first launched, one after another in one thread: 58 of d24 in FP8 took 26 s of a warm-up of 44
-(H200's machine, Triton 3.6). Another cost probably hides in those 44 s: Triton 3.6 has a C compiler build
-every kernel's launcher when it is first launched, in 0.3 to 0.5 s (on another machine). Only a tenth of compiling is Python, which takes turns, so threads share the rest: 60 kernels took two of them
-13.5 s, one 25.6 (two cores of a machine without a GPU, Triton 3.6, without launchers).
+(H200's machine, Triton 3.6), and Triton 3.6 has a C compiler build every kernel's launcher besides, 0.3 to 0.5 s each. Only a
+tenth of compiling is Python, which takes turns, so threads share the rest: 60 kernels took two of them 13.5 s, one 25.6 (two cores
+of a machine without a GPU, Triton 3.6, without launchers).
 
 Nobody lists which kernels a run needs: such a list would be out of date with the next change. But a model of the same width,
 vocabulary and precision with fewer layers launches the same ones, for micro-batches of the same size: what a kernel is compiled
