@@ -2,6 +2,8 @@
 
 The wrappers of `nvfp8.kernels` run on CPU tensors of training's shapes and dtypes, and a launch stops after the compiler: what it
 refuses shows here rather than on a rented machine. Prints the kernels' names and shared memory as JSON.
+
+Every variant is compiled for 9.0. For others one width will do, and of the GEMMs, the dearest, a few that meet every option.
 """
 
 import itertools
@@ -16,6 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 CAPABILITY = int(sys.argv[1])
+EVERY = CAPABILITY == 90
+WIDTHS = (768, 1536) if EVERY else (1536,)
 compiled: dict[str, int] = {}
 
 
@@ -59,7 +63,7 @@ def call_everything() -> None:
     from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32):
-        for width in (768, 1536):
+        for width in WIDTHS:
             x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
@@ -85,7 +89,8 @@ def call_everything() -> None:
         kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, None)
         kernels.softcap_cross_entropy_(logits, targets, 32768, 15.0, torch.ones(()))
         kernels.scale_(logits, torch.ones(()))
-        for rows, columns in ((768, 3072), (3072, 768), (24, 12)):  # scales by column, by row of whole blocks, by any row
+        shapes = (768, 3072), (3072, 768), (24, 12)  # scales by column, by row of whole blocks, by any row
+        for rows, columns in shapes if EVERY else shapes[:2]:
             weights = [torch.zeros(rows, columns, dtype=dtype) for _ in range(2)]
             x, scale = torch.zeros(2, rows, columns), torch.ones(2, rows, 1) if rows > columns else torch.ones(2, 1, columns)
             keys = [1, 2]
@@ -102,8 +107,8 @@ def call_everything() -> None:
                     kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
             for computed in (torch.bfloat16, torch.float16):
                 kernels.normuon_scale(x.to(computed), scale, 0.9)
-                if rows == 24:
-                    kernels.polar_express_(x.to(computed), kernels.equilibrating_scale(x.to(computed)), (1.0,) * 15)
+            small = torch.zeros(2, 24, 12, dtype=torch.bfloat16)
+            kernels.polar_express_(small, kernels.equilibrating_scale(small), (1.0,) * 15)
             rows_scale = kernels.equilibrating_scale(x.bfloat16())
             for given, factor, written in (
                 (rows_scale, 1.0, torch.bfloat16),
@@ -112,7 +117,7 @@ def call_everything() -> None:
             ):
                 kernels.scale_rows_(x.bfloat16(), given, factor, x.to(written))
         if dtype == torch.bfloat16:
-            for computed in (torch.bfloat16, torch.float16):
+            for computed in (torch.bfloat16, torch.float16)[not EVERY :]:
                 x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)
                 for rows_first in (x, x.mT.contiguous().mT):
                     kernels.symmetric_product_(rows_first, rows_first, gram)
@@ -128,7 +133,8 @@ def compile_fp8(kernels: Any) -> None:
 
     one, lambdas, e4m3, e5m2 = torch.ones(()), torch.ones(2), torch.float8_e4m3fn, torch.float8_e5m2
     compile_copies(kernels)
-    for width, dtype, amax in ((768, e4m3, torch.zeros(())), (1536, e5m2, torch.zeros(())), (1536, e5m2, None)):
+    forms = (768, e4m3, torch.zeros(())), (1536, e5m2, torch.zeros(())), (1536, e5m2, None)
+    for width, dtype, amax in forms if EVERY else forms[::2]:
         x, rstd = torch.zeros(2, 64, width, dtype=torch.bfloat16), torch.ones(2, 64)
         flat = x.view(128, width)
         for rows, columns in ((True, True), (True, False), (False, True)):
@@ -158,10 +164,9 @@ def compile_fp8(kernels: Any) -> None:
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
             a_t = torch.zeros(3072, 256, dtype=e4m3)
-            for fast in (True, False):
-                for rows, columns in ((True, True), (True, False), (False, True)):
-                    kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax, rows=rows, columns=columns)
-                kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, fast, amax)
+            for fast, rows, columns in ((True, True, True), (False, True, False), (EVERY, False, True)):
+                kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax, rows=rows, columns=columns)
+            kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, width == 768, amax)
     if CAPABILITY >= 90:
         compile_gemm_heads(kernels)
 
@@ -187,7 +192,9 @@ def compile_gemm_heads(kernels: Any) -> None:
     """Heads of both sizes, with and without a value embedding, as many of k and v as of q and fewer."""
     one, e4m3, shape = torch.ones(()), torch.float8_e4m3fn, (2, 64)
     x, ids = torch.zeros(128, 768, dtype=e4m3), torch.arange(128).view(shape)
-    for size, heads, fast, values in itertools.product((64, 128), ((6, 6), (6, 2)), (True, False), (True, False)):
+    every = itertools.product((64, 128), ((6, 6), (6, 2)), (True, False), (True, False))
+    pairs = (64, (6, 6), True, True), (64, (6, 2), False, False), (128, (6, 6), False, True), (128, (6, 2), True, False)
+    for size, heads, fast, values in every if EVERY else pairs:
         n_kv = heads[1]
         w, cos = torch.zeros((6 + 2 * n_kv) * size, 768, dtype=e4m3), torch.zeros(64, size // 2, dtype=torch.bfloat16)
         gate, table = torch.zeros(*shape, n_kv, dtype=torch.bfloat16), torch.zeros(128, n_kv * size, dtype=torch.bfloat16)
@@ -208,7 +215,8 @@ def compile_adamw(kernels: Any) -> None:
         kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, 1, stochastic)])
 
     codecs = [name for name in STATE_DTYPES if name != "e4m3" or CAPABILITY >= 89]  # Triton has no E4M3 before
-    for first, second in {*itertools.product(codecs, codecs[-1:]), *itertools.product(codecs[-1:], codecs)}:
+    every = {*itertools.product(codecs, codecs[-1:]), *itertools.product(codecs[-1:], codecs)}
+    for first, second in every if EVERY else zip(codecs, reversed(codecs), strict=True):
         call(torch.bfloat16, torch.bfloat16, first, second, "bf16+8", 8192)
     for kept in MASTERS:
         call(torch.bfloat16, torch.float32, codecs[-1], codecs[-2], kept, 8192)
