@@ -61,7 +61,7 @@ class Row:
         plan: steps and batch.
         time: of a micro-batch and of the optimizers, seconds by family.
         depth: the largest of this shape whose step fits with one row.
-        measured: a run of just this, if one was made.
+        measured: a run of just this, if one was made, and the peak predicted of it: it may have been made without CUDA graphs.
         layers: blocks of the model.
     """
 
@@ -74,7 +74,7 @@ class Row:
     plan: Plan
     time: tuple[dict[str, float], dict[str, float]]
     depth: int
-    measured: roofline.Measured | None
+    measured: tuple[roofline.Measured, Prediction] | None
     layers: int
 
 
@@ -198,7 +198,11 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     time = roofline.seconds(done, where.peaks, wanted.precision)
     depth = _deepest(lambda depth: predict(replace(setup, shape=config.shape(vocab_size, depth))).total <= where.usable)
     made = _measured(where, config, shape, wanted, chosen)
-    return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, made, shape.n_layer)
+    compared = None
+    if made is not None:
+        then = replace(setup, rows=chosen, accumulation=roofline.MICRO_BATCHES, graphs=made.graphs)
+        compared = made, predict(then, counted)
+    return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, compared, shape.n_layer)
 
 
 def _powers(largest: int) -> Iterator[int]:
@@ -257,14 +261,12 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
     for row in rows:
         lines.append(_line(row, known, total))
     lines += ["", f"MEASURED, the same setups, {roofline.MICRO_BATCHES} micro-batches a step (docs/results.md)"]
-    made = [row for row in rows if row.measured is not None]
-    for row in made:
-        assert row.measured is not None
-        m = row.measured
+    made = [(row, *row.measured) for row in rows if row.measured is not None]
+    for row, m, memory in made:
         micro, step = row.time
         seconds = roofline.MICRO_BATCHES * sum(micro.values()) + sum(step.values())
         rate = row.rows * config.max_seq_len * roofline.MICRO_BATCHES / seconds
-        errors = row.memory.total / GIB / m.gib - 1, rate / m.tokens_per_second - 1
+        errors = memory.total / GIB / m.gib - 1, rate / m.tokens_per_second - 1
         error = f"commit {m.commit}; the predictions err by {errors[0]:+.1%} and {errors[1]:+.1%}"
         lines.append(f"{m.label:<30}{m.rows:>6}{'':>9}{m.gib:>10.2f}{m.tokens_per_second:>12,}  {error}")
     if not made:

@@ -203,6 +203,7 @@ class Measured:
         tokens_per_second: measured.
         gib: peak of the allocator.
         commit: what ran.
+        graphs: whether micro-batches were captured (`nanochat/micro_batches.py`), which is a matter of memory too.
     """
 
     device: str
@@ -213,10 +214,11 @@ class Measured:
     tokens_per_second: int
     gib: float
     commit: str
+    graphs: bool = False
 
 
 MICRO_BATCHES = 8  # a step, of all of these
-_H100 = "NVIDIA H100 80GB HBM3"
+_H100, _H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 MEASURED = (
     Measured(_H100, 12, 32, "L", "bf16", 542_304, 15.17, "48cd68f"),
     Measured(_H100, 12, 32, "SSSL", "bf16", 570_891, 15.17, "48cd68f"),
@@ -228,6 +230,8 @@ MEASURED = (
     Measured(_H100, 24, 16, "L", "te delayed, head in chunks", 126_480, 47.47, "8d89563"),
     Measured(_H100, 12, 32, "L", "te current", 560_993, 27.52, "48cd68f"),
     Measured(_H100, 12, 32, "L", "te blockwise", 537_881, 30.11, "48cd68f"),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 782_558, 13.74, "8901ae0", graphs=True),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 163_741, 34.92, "8901ae0", graphs=True),
 )
 # By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
 PUBLISHED_SPARK = 13_125

@@ -131,7 +131,7 @@ def test_rows_are_made_fewer_until_all_have_room(monkeypatch: pytest.MonkeyPatch
 
     def free(rows: int) -> float:
         """What a process must find free so that just `rows` rows have room."""
-        return predict(Setup(shape, bf16(), rows)).total / (1 - UNUSABLE) + CONTEXT
+        return predict(Setup(shape, bf16(), rows, graphs=True)).total / (1 - UNUSABLE) + CONTEXT
 
     assert dry_run.fitting_rows(config, ["bf16"], 100 * GIB, shape) == config.device_batch_size
     assert dry_run.fitting_rows(config, ["bf16"], free(8) + 2**20, shape) == 8

@@ -84,8 +84,10 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
 def test_the_plan_of_a_run_that_was_made() -> None:
     made = row("h100", D12, rows=32)
     assert made.fits and made.plan.accumulation == 8
-    assert made.measured is not None and made.measured.gib == 15.17
-    assert made.memory.total / GIB == pytest.approx(15.17, rel=0.01)
+    assert made.measured is not None
+    measured, predicted = made.measured
+    assert measured.gib == 15.17 and predicted.total / GIB == pytest.approx(15.17, rel=0.01)
+    assert made.memory.total > predicted.total  # it was made without CUDA graphs
     assert made.tokens_per_second == pytest.approx(542_304, rel=0.04)
     lines = report(device("h100"), D12, [made], None)
     text = "\n".join(lines)
