@@ -196,11 +196,16 @@ def split(value: Tensor, remainder: torch.dtype | None, bits: Tensor | None) -> 
 
 
 def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
-    """The fp32 value that `split` stored."""
+    """The fp32 value that `split` stored.
+
+    It leaves nothing negative beside 0, which would be taken from the exponent and make NaN. Where a user set a weight to 0, what is
+    left beside it counts as 0 then.
+    """
     if remainder is None:
         return weight.float()
     extra = 8 * remainder.element_size()
     top = weight.view(torch.int16).to(torch.int64) & 0xFFFF
+    remainder = torch.where(top & 0x7FFF == 0, remainder.clamp_min(0), remainder)
     whole = ((top << extra) + remainder.to(torch.int64) << (16 - extra)) & _MASK
     return _signed(whole, 32).to(torch.int32).view(torch.float32)
 

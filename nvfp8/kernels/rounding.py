@@ -159,7 +159,9 @@ def written(weight, master):
 
 @triton.jit
 def join(weight, remainder, EXTRA: tl.constexpr):
-    """bf16 bits (int16) and remainder -> fp32."""
+    """bf16 bits (int16) and remainder -> fp32; see `nvfp8.rounding.join`."""
     top = weight.to(tl.int32) & 0xFFFF
+    if EXTRA > 0:
+        remainder = tl.where((top & 0x7FFF) == 0, tl.maximum(remainder, 0), remainder)
     whole = ((top << EXTRA) + remainder.to(tl.int32)) << (16 - EXTRA)
     return whole.to(tl.float32, bitcast=True)

@@ -124,6 +124,21 @@ def test_bf16_weights_and_what_is_kept_beside_them(shape: tuple[int, int, int], 
         assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("kept", ["bf16+8", "bf16+16"])
+def test_weights_that_were_set_to_0_go_on_from_0(kept: str) -> None:
+    w, scale = random(40, 272, seed=3, dtype=torch.bfloat16), torch.ones(1, 40, 1, device=DEVICE)
+    w[:20], w[20:30] = 0.0, -0.0
+    beside = torch.full_like(w, -100, dtype=master(kept).dtype)[None]
+    results = []
+    for function in (kernels.muon_descend_, reference.muon_descend_):
+        weight, rest = w.clone(), beside.clone()
+        function([weight], rest, random(1, 40, 272, seed=1), scale, 2.0**-9, 2.0**-12, [3])
+        whole = read_weight(weight, rest[0])
+        assert bool(whole.isfinite().all()) and 2.0**-12 < float(whole[:30].abs().mean()) < 2.0**-8
+        results.append(whole)
+    assert_same(results[0].bfloat16(), results[1].bfloat16())
+
+
 def test_a_weight_that_was_written_beside_its_master_counts_and_no_other_does() -> None:
     x, scale = random(1, 40, 272, seed=1), torch.ones(1, 40, 1, device=DEVICE)
     results = []

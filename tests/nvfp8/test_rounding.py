@@ -208,6 +208,18 @@ def test_split_weights_are_the_nearest_bf16_and_join_again(remainder: torch.dtyp
         assert ((weight.float() - value).abs() <= (near - value).abs() * 1.02 + value.abs() * 2.0**-16).all()
 
 
+@pytest.mark.parametrize("remainder", REMAINDERS[1:])
+def test_a_weight_that_was_set_to_0_is_0_whatever_was_beside_it(remainder: torch.dtype) -> None:
+    value = torch.randn(1000)
+    weight, rest = split(value, remainder, random_bits(torch.arange(1000), 5))
+    weight[:400], weight[400:800] = 0.0, -0.0
+    back = join(weight, rest)
+    # Below 2^-126 · 2^-7, where fp32 has no more than what is left beside a 0.
+    assert rest[:800].min() < 0 and (back[:800].abs() < 2.0**-133).all() and torch.equal(back[800:], join(weight[800:], rest[800:]))
+    again, beside = split(back, remainder, random_bits(torch.arange(1000), 6))
+    assert torch.equal(join(again, beside), back)
+
+
 @pytest.mark.parametrize("remainder", REMAINDERS)
 def test_an_update_far_below_bf16s_spacing_survives(remainder: torch.dtype | None) -> None:
     """10,000 steps of 2^-20 on a weight of 1, whose spacing is 2^-7: rounded to nearest bf16 it would not move."""
