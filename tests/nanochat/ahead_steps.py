@@ -85,10 +85,8 @@ class WithoutProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         left, right = args[-2:] if len(args) > 1 else (None, None)
         match str(function):
-            case "aten.mm.default":
-                return left.new_empty(left.shape[0], right.shape[1])
-            case "aten.bmm.out" | "aten.baddbmm.out":
-                return kwargs["out"]
+            case "aten.mm.default" | "aten.bmm.default":
+                return left.new_empty(*left.shape[:-1], right.shape[-1])
             case "aten.addmm_.default":
                 return args[0]
         return function(*args, **(kwargs or {}))
@@ -153,8 +151,7 @@ def compare_keys() -> dict[str, Any]:
     pretend()
     result = {}
     recipes = {"delayed": fp8(RECIPES["delayed"]), "recompute": fp8(RECIPES["delayed"], recompute=True), "bf16": bf16()}
-    cases = [("delayed", "auto", 12), ("delayed", "e4m3", 11), ("bf16", "auto", 12), ("bf16", "e4m3", 10)]
-    cases += [("recompute", "e4m3", 9), ("delayed", "auto", 3)]
+    cases = [("delayed", "auto", 12), ("delayed", "e4m3", 11), ("bf16", "e4m3", 10), ("recompute", "auto", 9)]
     for name, formats, depth in cases:
         stored = FORMATS[formats].stored_by(replace(recipes[name]), "cpu")
         model = model_of(depth, stored)
