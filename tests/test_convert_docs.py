@@ -1,4 +1,4 @@
-"""docs/convert.md: its examples run as they stand and print the tables shown there."""
+"""docs/convert.md and docs/optimizers.md: their examples run as they stand and print what is shown there."""
 
 import os
 import re
@@ -11,15 +11,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL | re.MULTILINE)
+TEXT = "".join((ROOT / "docs" / name).read_text() for name in ("convert.md", "optimizers.md"))
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_there_are_two_examples_with_their_output() -> None:
-    assert [language for language, _ in BLOCKS] == ["python", "", "python", ""]
+def test_there_are_three_examples_with_their_output() -> None:
+    assert [language for language, _ in BLOCKS] == ["python", "", "python", "", "python", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the output shown is a CPU's")
-@pytest.mark.parametrize("example", [0, 1], ids=["torch.nn", "transformers"])
+@pytest.mark.parametrize("example", [0, 1, 2], ids=["torch.nn", "transformers", "optimizers"])
 def test_an_example_prints_what_is_shown(example: int, tmp_path: Path) -> None:
     """Tables word for word; a loss to what another processor's sums may make of it after some steps."""
     (_, code), (_, shown) = BLOCKS[2 * example : 2 * example + 2]

@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +145,17 @@ def test_a_spark_says_what_others_measured() -> None:
     text = "\n".join(report(device("spark"), config, [row("spark", config, "te current")], None))
     assert "none: no run of these setups was made" in text
     assert "by others: karpathy/nanochat in its own FP8, 13,125 tok/s" in text
+
+
+def test_the_readmes_spark_is_the_planners() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    told = re.findall(r"^\| `--precision (bf16|fp8|te)`[^|]*\| ([\d,]+) \| ([\d.]+) GiB \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [name for name, *_ in told] == ["bf16", "fp8", "te"]
+    for name, rate, gib, days in told:
+        label = {"bf16": "bf16", "fp8": "fp8 delayed", "te": "te current"}[name]
+        predicted = row("spark", TrainConfig(depth=24), label, rows=32)
+        assert predicted.tokens_per_second is not None
+        assert float(rate.replace(",", "")) == pytest.approx(predicted.tokens_per_second, rel=0.02)
+        assert float(gib) == pytest.approx(predicted.memory.total / GIB, rel=0.02)
+        tokens = predicted.plan.steps * predicted.plan.batch_tokens
+        assert float(days) == pytest.approx(tokens / predicted.tokens_per_second / 86400, rel=0.02)
