@@ -64,14 +64,16 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
-    return row_pass(logits, targets, vocab, softcap, scale, None)
-
-
-def row_pass(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None) -> Tensor:
-    """Losses, where `scale` is given the gradient over the logits, and where `log_sums` (N,) fp32 is given log Σ exp(z) there."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    row_pass(logits, targets, losses, vocab, softcap, scale, None)
+    return losses
+
+
+def row_pass(
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None
+) -> None:
+    """Write losses (N,) fp32, where `scale` is given the gradient over the logits, and log Σ exp(z) to `log_sums` (N,) fp32."""
     _softcap_cross_entropy[(logits.shape[0],)](
         logits, targets, scale, losses, log_sums, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
         CAP=softcap, GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return losses

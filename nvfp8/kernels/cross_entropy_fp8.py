@@ -46,14 +46,14 @@ def _gradient_quantize(
 
 
 def softcap_cross_entropy_quantize(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None, q: Tensor | None,
-    q_t: Tensor | None,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None,
+    q: Tensor | None, q_t: Tensor | None,
+) -> None:  # fmt: skip
     """See `nvfp8.reference_fp8.softcap_cross_entropy_quantize`."""
     m, padded = logits.shape
     assert logits.is_contiguous() and (q is None or q.is_contiguous()) and (q_t is None or q_t.stride(1) == 1)
     log_sums = torch.empty(m, dtype=torch.float32, device=logits.device)
-    losses = row_pass(logits, targets, vocab, softcap, None, log_sums)
+    row_pass(logits, targets, losses, vocab, softcap, None, log_sums)
     if q is None:  # what the transpose is read from
         assert q_t is not None
         q = torch.empty(m, padded, dtype=q_t.dtype, device=logits.device)
@@ -61,4 +61,3 @@ def softcap_cross_entropy_quantize(
         logits, targets, log_sums, scale, factor, q, q_t, m, 0 if q_t is None else q_t.stride(0), VOCAB=vocab, PADDED=padded,
         CAP=softcap, DTYPE=DTYPES[q.dtype], TOKENS=TOKENS, ENTRIES=ENTRIES, num_warps=8,
     )  # fmt: skip
-    return losses
