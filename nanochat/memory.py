@@ -6,8 +6,8 @@
 
 What lasts is read off the real thing: the model and both optimizers are built on PyTorch's meta device, whose tensors have sizes
 and no memory, so a new storage format is counted without a word here. Gradients' sums exist from beginning to end of all
-micro-batches but the first; where a step is one micro-batch, they appear as backward goes. So do a further micro-batch's gradients of
-the blocks, beside their sums (`nanochat/micro_batches.py`).
+micro-batches but the first; where a step is one micro-batch, they appear as backward goes. So do a further micro-batch's
+gradients of the blocks, beside their sums (`nanochat/micro_batches.py`).
 
 The moments looked at, of which the largest is the peak:
 

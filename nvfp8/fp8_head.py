@@ -119,7 +119,8 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
                 losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
             else:
                 kernels.softcap_cross_entropy_quantize(
-                    logits, targets[part], losses[part], self.vocab, self.softcap, dy.scale, factor if q is None or q_t is None else None,
+                    logits, targets[part], losses[part], self.vocab, self.softcap, dy.scale,
+                    factor if q is None or q_t is None else None,
                     None if q is None else q[part], None if q_t is None else q_t[:, part],
                 )  # fmt: skip
             if dx is not None and q is None:

@@ -165,6 +165,46 @@ def mix_backward(
     return (ds * lambdas[0]).to(stream.dtype), dx0.to(stream.dtype), d_lambdas
 
 
+def smear_forward(x: Tensor, previous: Tensor | None, weight: Tensor, smear: Tensor) -> Tensor:
+    """Each position with the one before it: x[t] + λ·σ(weight·x[t, :C])·x[t−1].
+
+    Args:
+        x: (B, T, D).
+        previous: (B, 1, D) that came before x[0]; None for zeros.
+        weight: (1, C).
+        smear: (1,), λ.
+
+    Returns:
+        (B, T, D), x's dtype.
+    """
+    first = torch.zeros_like(x[:, :1]) if previous is None else previous
+    gate = smear * torch.sigmoid(wide(x[..., : weight.shape[1]]) @ wide(weight).t())
+    return (wide(x) + gate * wide(torch.cat((first, x[:, :-1]), 1))).to(x.dtype)
+
+
+def smear_backward(d_out: Tensor, d_x0: Tensor | None, x: Tensor, weight: Tensor, smear: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `smear_forward` without a `previous`.
+
+    Args:
+        d_out: (B, T, D).
+        d_x0: (B, T, D), a second gradient of the same result, or None.
+        x: (B, T, D).
+        weight: (1, C).
+        smear: (1,).
+
+    Returns:
+        dx (B, T, D), d_weight (1, C) fp32, dλ (1,) fp32.
+    """
+    gradient = wide(d_out) if d_x0 is None else wide(d_out) + wide(d_x0)
+    channels, before = weight.shape[1], torch.nn.functional.pad(wide(x), (0, 0, 1, 0))[:, :-1]
+    read, sigmoid = wide(x[..., :channels]), torch.sigmoid(wide(x[..., :channels]) @ wide(weight).t())
+    d_gate = (gradient * before).sum(-1, keepdim=True)
+    d_logit = d_gate * smear * sigmoid * (1 - sigmoid)
+    dx = gradient + torch.nn.functional.pad((smear * sigmoid * gradient)[:, 1:], (0, 0, 0, 1))
+    dx[..., :channels] += d_logit * wide(weight)
+    return dx.to(x.dtype), (d_logit * read).sum((0, 1))[None], (d_gate * sigmoid).sum()[None]
+
+
 def heads_forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

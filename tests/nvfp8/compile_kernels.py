@@ -65,6 +65,9 @@ def call_everything() -> None:
             kernels.norm_forward(x)
             kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
             kernels.add_norm_forward(x, x)
+            for previous, d_x0 in ((x[:, :1], x), (None, None)):
+                kernels.smear_forward(x, previous, x[0, :1, :24], lambdas[:1])
+                kernels.smear_backward(x, d_x0, x, x[0, :1, :24], lambdas[:1])
             kernels.mix_norm_backward(x, x, x, None, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x, x0, lambdas, rstd, x)
             kernels.mix_forward(x, None, x0, lambdas, 12)
