@@ -197,7 +197,7 @@ def _rope_and_attention(batch: MicroBatch, layer: int) -> Bytes:
     if batch.attention == "sdpa" and window < shape.sequence_len - 1:
         kept["k and v padded for windows"] = 2 * batch.kv * batch.x * (1 + window / shape.sequence_len)
     if shape.has_value_embedding(layer):
-        kept["gates of value embeddings"] = tokens * size * (GATE_CHANNELS + 2 * shape.n_kv_head)  # sigmoid, and 3 times it
+        kept["gates of value embeddings"] = tokens * size * (GATE_CHANNELS + shape.n_kv_head)
     return kept
 
 

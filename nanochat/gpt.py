@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanochat.generate import KVCache
 from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.embedding import TokenOrder, embedding, token_order
-from nvfp8.gates import smeared
+from nvfp8.gates import smeared, value_gate
 from nvfp8.layers import Pending, mix, settled
 from nvfp8.precision import Precision
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             The stream (B, T, D) and attention's branch, and x0 for the next block.
         """
         stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
-        gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
+        gate = None if table is None else value_gate(gate_input, self.ve_gate.weight)
         q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids, order)
         if cache is None:
             out = causal_attention(q, k, v, self.window, backend)

@@ -1,4 +1,4 @@
-"""Gates of a few channels as autograd Functions: smear, which mixes each position with the one before it.
+"""Gates of a few channels as autograd Functions: smear, which mixes each position with the one before it, and value embeddings'.
 
 Written with PyTorch's operators smear reads or writes the stream 7 times forward and 18 times backward, with copies of it that are
 shifted by a position or padded with zeros; here it is one kernel each way, fp32 inside, and nothing is kept but its input.
@@ -30,6 +30,25 @@ class _Smear(torch.autograd.Function):
         first, *rest = (d.contiguous() for d in (d_out, d_x0) if d is not None)
         dx, d_weight, d_smear = ops(x).smear_backward(first, rest[0] if rest else None, x, weight, smear)
         return dx, None, d_weight.to(weight.dtype), d_smear.to(smear.dtype)
+
+
+class _ValueGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return ops(x).value_gate_forward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gate: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx, d_weight = ops(x).value_gate_backward(d_gate, x, weight)
+        return dx, d_weight.to(weight.dtype)
+
+
+def value_gate(x: Tensor, weight: Tensor) -> Tensor:
+    """3·σ(x·weightᵀ), factors of a value embedding's heads: x (..., C), weight (K, C) -> (..., K), x's dtype."""
+    return _ValueGate.apply(x, weight)
 
 
 def smeared(x: Tensor, previous: Tensor | None, weight: Tensor, smear: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,9 @@ def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Te
     return x, *norm_forward(x)
 
 
-def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None, again: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Gradient of `norm_forward`, plus the gradient that reaches x past the norm.
 
     Args:
@@ -76,14 +78,15 @@ def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | 
         x: (..., D) the norm's input.
         rstd: (...) from the forward.
         d_stream: (..., D) gradient of x from elsewhere (the residual stream), or None.
+        again: whether x̂ is wanted.
 
     Returns:
-        dx (..., D), and x̂ (..., D) once more: the weight gradient needs it, so nobody has to keep it.
+        dx (..., D), and x̂ (..., D) once more, or None: a weight gradient needs it, so nobody has to keep it.
     """
     dx, normed = norm_gradient(wide(d_normed), wide(x), rstd)
     if d_stream is not None:
         dx = dx + wide(d_stream)
-    return dx.to(x.dtype), normed.to(x.dtype)
+    return dx.to(x.dtype), normed.to(x.dtype) if again else None
 
 
 def mix_norm_backward(
@@ -203,6 +206,27 @@ def smear_backward(d_out: Tensor, d_x0: Tensor | None, x: Tensor, weight: Tensor
     dx = gradient + torch.nn.functional.pad((smear * sigmoid * gradient)[:, 1:], (0, 0, 0, 1))
     dx[..., :channels] += d_logit * wide(weight)
     return dx.to(x.dtype), (d_logit * read).sum((0, 1))[None], (d_gate * sigmoid).sum()[None]
+
+
+def value_gate_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """Factors of a value embedding's heads, 3·σ(x·weightᵀ): x (..., C), weight (K, C) -> (..., K) in x's dtype."""
+    return (3 * torch.sigmoid(wide(x) @ wide(weight).t())).to(x.dtype)
+
+
+def value_gate_backward(d_gate: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `value_gate_forward`.
+
+    Args:
+        d_gate: (..., K).
+        x: (..., C).
+        weight: (K, C).
+
+    Returns:
+        dx (..., C) in x's dtype, d_weight (K, C) fp32.
+    """
+    sigmoid = torch.sigmoid(wide(x) @ wide(weight).t())
+    d_logit = wide(d_gate) * 3 * sigmoid * (1 - sigmoid)
+    return (d_logit @ wide(weight)).to(x.dtype), d_logit.flatten(0, -2).t() @ wide(x).flatten(0, -2)
 
 
 def heads_forward(

@@ -4,6 +4,8 @@ Smear adds to every position the one before it, times λ·σ(gate). Forward a pr
 program's, out of L2) and writes the sum: 2 + 2 bytes an element. Backward a program walks 16 rows from the last to the first, so
 that what a row hands to the one before stays in registers: 2·2 bytes an element read (gradient and x; 2 more where x0 has a
 gradient of its own), 2 written, and one partial sum a program for the weight and λ, added up in a fixed order.
+
+A value embedding's gate has a few channels and a number for each head: next to nothing, so what it costs are launches.
 """
 
 import torch
@@ -12,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # rows a program of smear's backward
+TOKENS = 32  # tokens a program of a value embedding's gate
 
 
 @triton.jit
@@ -77,6 +80,50 @@ def _smear_backward(
     tl.store(partial + CHANNELS, d_smear)
 
 
+@triton.jit
+def _gate(X, WEIGHT, first, N, CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, H: tl.constexpr):
+    """Load x (TOKENS, C) and weight (H, C), and take their products' sigmoid (TOKENS, H), fp32; C and H are powers of two."""
+    token = tl.arange(0, TOKENS)[:, None]
+    head = tl.arange(0, H)[:, None]
+    channel = tl.arange(0, C)[None, :]
+    x = tl.load(X + first * CHANNELS + (token * CHANNELS + channel), (first + token < N) & (channel < CHANNELS), 0.0).to(tl.float32)
+    weight = tl.load(WEIGHT + head * CHANNELS + channel, (head < HEADS) & (channel < CHANNELS), 0.0).to(tl.float32)
+    return x, weight, _sigmoid(tl.sum(x[:, None, :] * weight[None, :, :], 2))
+
+
+@triton.jit
+def _value_gate_forward(
+    X, WEIGHT, GATE, N, CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, H: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    _, _, sigmoid = _gate(X, WEIGHT, first, N, CHANNELS, HEADS, TOKENS, C, H)
+    token = tl.arange(0, TOKENS)[:, None]
+    head = tl.arange(0, H)[None, :]
+    at = first * HEADS + (token * HEADS + head)
+    tl.store(GATE + at, (3.0 * sigmoid).to(GATE.dtype.element_ty), (first + token < N) & (head < HEADS))
+
+
+@triton.jit
+def _value_gate_backward(
+    D_GATE, X, WEIGHT, DX, PARTIAL, N,
+    CHANNELS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    x, weight, sigmoid = _gate(X, WEIGHT, first, N, CHANNELS, HEADS, TOKENS, C, H)
+    token = tl.arange(0, TOKENS)[:, None]
+    head = tl.arange(0, H)[None, :]
+    at = first * HEADS + (token * HEADS + head)
+    d_gate = tl.load(D_GATE + at, (first + token < N) & (head < HEADS), 0.0).to(tl.float32)
+    d_logit = d_gate * (3.0 * sigmoid * (1.0 - sigmoid))
+    channel = tl.arange(0, C)[None, :]
+    dx = tl.sum(d_logit[:, :, None] * weight[None, :, :], 1)
+    at = first * CHANNELS + (token * CHANNELS + channel)
+    tl.store(DX + at, dx.to(DX.dtype.element_ty), (first + token < N) & (channel < CHANNELS))
+    row = tl.arange(0, H)[:, None]
+    partial = PARTIAL + tl.program_id(0) * (HEADS * CHANNELS) + row * CHANNELS + channel
+    tl.store(partial, tl.sum(d_logit[:, :, None] * x[:, None, :], 0), (row < HEADS) & (channel < CHANNELS))
+
+
 def smear_forward(x: Tensor, previous: Tensor | None, weight: Tensor, smear: Tensor) -> Tensor:
     """See `nvfp8.reference.smear_forward`."""
     x = x.contiguous()
@@ -102,3 +149,28 @@ def smear_backward(d_out: Tensor, d_x0: Tensor | None, x: Tensor, weight: Tensor
     )  # fmt: skip
     sums = partial.sum(0)
     return dx, sums[None, :channels], sums[channels:]
+
+
+def _sizes(weight: Tensor) -> dict[str, int]:
+    heads, channels = weight.shape
+    return {
+        "CHANNELS": channels, "HEADS": heads, "TOKENS": TOKENS,
+        "C": triton.next_power_of_2(channels), "H": triton.next_power_of_2(heads),
+    }  # fmt: skip
+
+
+def value_gate_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """See `nvfp8.reference.value_gate_forward`."""
+    gate = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
+    rows = x.numel() // x.shape[-1]
+    _value_gate_forward[(triton.cdiv(rows, TOKENS),)](x.contiguous(), weight, gate, rows, **_sizes(weight))
+    return gate
+
+
+def value_gate_backward(d_gate: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `nvfp8.reference.value_gate_backward`."""
+    x, rows = x.contiguous(), x.numel() // x.shape[-1]
+    dx, programs = torch.empty_like(x), triton.cdiv(rows, TOKENS)
+    partial = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
+    _value_gate_backward[(programs,)](d_gate.contiguous(), x, weight, dx, partial, rows, **_sizes(weight))
+    return dx, partial.sum(0)

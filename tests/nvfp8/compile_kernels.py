@@ -63,11 +63,14 @@ def call_everything() -> None:
             x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
-            kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
+            kernels.norm_backward(x, x, rstd, None, again=False), kernels.norm_backward(x, x, rstd, x)
             kernels.add_norm_forward(x, x)
             for previous, d_x0 in ((x[:, :1], x), (None, None)):
                 kernels.smear_forward(x, previous, x[0, :1, :24], lambdas[:1])
                 kernels.smear_backward(x, d_x0, x, x[0, :1, :24], lambdas[:1])
+            for heads in (6, 12):
+                gate = kernels.value_gate_forward(x[..., :12], x[0, :heads, :12].contiguous())
+                kernels.value_gate_backward(gate, x[..., :12], x[0, :heads, :12].contiguous())
             kernels.mix_norm_backward(x, x, x, None, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x, x0, lambdas, rstd, x)
             kernels.mix_forward(x, None, x0, lambdas, 12)

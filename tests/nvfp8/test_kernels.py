@@ -59,6 +59,9 @@ def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> 
         reference.norm_backward(d_normed, x, rstd, d_stream),
         reference.norm_backward(*double(d_normed, x, rstd, d_stream)),
     )
+    alone = kernels.norm_backward(d_normed, x, rstd, d_stream, again=False)
+    assert torch.equal(alone[0], kernels.norm_backward(d_normed, x, rstd, d_stream)[0])
+    assert alone[1] is reference.norm_backward(d_normed, x, rstd, d_stream, again=False)[1] is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -129,6 +132,15 @@ def test_smear(shape: tuple[int, ...], both: bool, dtype: torch.dtype) -> None:
         terms = d_out.double().norm() * x.double().norm() / shape[2] ** 0.5
         assert ours.shape == true.shape and ours.dtype == theirs.dtype == torch.float32
         assert (ours - true).norm() <= 1.05 * (theirs - true).norm() + 1e-6 * terms
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 12), 6), ((1, 33, 12), 3), ((3, 64, 16), 8)])
+def test_value_gate(shape: tuple[int, ...], heads: int, dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype, seed=1), random(heads, shape[2], dtype=dtype, seed=2)
+    kernel, twin, exact = (m.value_gate_forward(*of) for m, of in ways((x, weight)))
+    compare((kernel,), (twin,), (exact,))
+    arguments = random(*shape[:2], heads, dtype=dtype, seed=3), x, weight
+    compare(*(m.value_gate_backward(*of) for m, of in ways(arguments)))
 
 
 def ways(arguments: tuple[Tensor | None, ...]) -> list[tuple[object, list[Tensor | None]]]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp8.attention import project_heads
-from nvfp8.gates import smeared
+from nvfp8.gates import smeared, value_gate
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,6 +164,16 @@ def test_smear(readers: int, dtype: torch.dtype) -> None:
     check(ours, [*[exact] * readers, *torch.autograd.grad([exact] * readers, wide, [g.double() for g in gradients])], dtype)
     with torch.no_grad():
         check([smeared(x, previous, weight, smear)[0]], [plain(previous)], dtype)
+
+
+def test_value_gate(dtype: torch.dtype) -> None:
+    x, weight = leaf(3, 7, 12, seed=1, dtype=dtype), leaf(4, 12, seed=2, dtype=dtype)
+    gate = value_gate(x, weight)
+    d_gate = torch.randn_like(gate)
+    gate.backward(d_gate)
+    wide = doubles(x, weight)
+    exact = 3 * torch.sigmoid(wide[0] @ wide[1].t())
+    check([gate, x.grad, weight.grad], [exact, *torch.autograd.grad(exact, wide, d_gate.double())], dtype)
 
 
 def test_second_derivatives_are_refused() -> None:
