@@ -127,14 +127,15 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
     )  # fmt: skip
     yield Case("relu_squared_", (wide,), lambda: kernels.relu_squared_(wide))  # last: it writes over what it reads
 
-    x_q, w_q, dy_q, inverse = fp8(flat), fp8(random(hidden, d)), fp8(flat, E5M2), torch.tensor(1 / 64, device=device)
+    x_q, w_q, dy_q = fp8(flat), fp8(random(hidden, d)), fp8(flat, E5M2)
+    inverses = torch.tensor(1 / 64, device=device), torch.ones((), device=device)
 
     def cublas(left: Tensor, right: Tensor, fast: bool) -> Callable[[], Tensor]:
-        more: dict[str, Any] = {"scale_a": inverse, "scale_b": torch.ones((), device=device), "out_dtype": torch.bfloat16}
+        more: dict[str, Any] = {"scale_a": inverses[0], "scale_b": inverses[1], "out_dtype": torch.bfloat16}
         return lambda: torch._scaled_mm(left, right.t(), **more, use_fast_accum=fast)
 
     of_qkv, angles = fp8(random(3 * d, d)), (cos, sin, (heads, heads))
-    product = partial(kernels.gemm_heads, x_q, of_qkv, inverse, *angles, *values, shape, torch.bfloat16, True)
+    product = partial(kernels.gemm_heads, x_q, of_qkv, *inverses, *angles, *values, shape, torch.bfloat16, True)
     yield Case(
         "gemm_heads", (x_q, of_qkv, *looked_up), product, flops=6 * m * d * d, peer=cublas(x_q, of_qkv, True), after="heads_forward"
     )
@@ -143,12 +144,12 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
         named = "" if fast else ", promoted"
         yield Case(
             "gemm_relu_squared" + named, (x_q, w_q),
-            partial(kernels.gemm_relu_squared, x_q, w_q, inverse, scale, E4M3, fast, amax),
+            partial(kernels.gemm_relu_squared, x_q, w_q, *inverses, scale, E4M3, fast, amax),
             flops=flops, peer=cublas(x_q, w_q, fast), after="relu_squared_quantize",
         )  # fmt: skip
         yield Case(
             "gemm_relu_squared_backward" + named, (dy_q, w_q, a_t),
-            partial(kernels.gemm_relu_squared_backward, dy_q, w_q, inverse, a_t, scale, scale, E5M2, fast, amax),
+            partial(kernels.gemm_relu_squared_backward, dy_q, w_q, *inverses, a_t, scale, scale, E5M2, fast, amax),
             flops=flops, peer=cublas(dy_q, w_q, fast), after="relu_squared_backward_quantize",
         )  # fmt: skip
 

@@ -96,10 +96,9 @@ def ends(precision: Precision, batch: MicroBatch) -> Bytes:
     besides = isinstance(precision, FP8Precision) or (isinstance(precision, TEPrecision) and precision.layers == "fused")
     return {
         "the stream of the middle block, for the backout": batch.x if besides else 0,
-        # The smear's gate reads channels of ln_embed's output, a view, which keeps all of it; its product keeps the shifted one.
-        "embedding: rows, their norm, shifted by one": 3 * batch.x,
+        "embedding: rows, their norm, which smear keeps": 2 * batch.x,
         "x0, the stream before the first block": batch.x,
-        "gates and 1/rms outside of blocks": batch.tokens * (8 + 2 * batch.itemsize),
+        "1/rms outside of blocks": batch.tokens * 8,
     }
 
 
@@ -198,7 +197,7 @@ def _rope_and_attention(batch: MicroBatch, layer: int) -> Bytes:
     if batch.attention == "sdpa" and window < shape.sequence_len - 1:
         kept["k and v padded for windows"] = 2 * batch.kv * batch.x * (1 + window / shape.sequence_len)
     if shape.has_value_embedding(layer):
-        kept["gates of value embeddings"] = tokens * size * (GATE_CHANNELS + 2 * shape.n_kv_head)  # sigmoid, and 3 times it
+        kept["gates of value embeddings"] = tokens * size * (GATE_CHANNELS + shape.n_kv_head)
     return kept
 
 

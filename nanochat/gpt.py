@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nanochat.generate import KVCache
 from nvfp8.attention import causal_attention, choose_backend, passed_over, project_heads
 from nvfp8.embedding import TokenOrder, embedding, token_order
+from nvfp8.gates import smeared, value_gate
 from nvfp8.layers import Pending, mix, settled
 from nvfp8.precision import Precision
 
@@ -133,7 +134,7 @@ class Attention(nn.Module):
             The stream (B, T, D) and attention's branch, and x0 for the next block.
         """
         stream, x0, gate_input, qkv = self.qkv(x, x0, lambdas, GATE_CHANNELS)
-        gate = None if table is None else 3 * torch.sigmoid(self.ve_gate(gate_input))
+        gate = None if table is None else value_gate(gate_input, self.ve_gate.weight)
         q, k, v = project_heads(qkv, *rotary, self.heads, gate, table, ids, order)
         if cache is None:
             out = causal_attention(q, k, v, self.window, backend)
@@ -291,7 +292,8 @@ class GPT(nn.Module):
         backend = self._attention_backend(ids.shape[1]) if cache is None else ""
         order = token_order(ids) if torch.is_grad_enabled() else None
         embedded = self.ln_embed(embedding(self.wte.weight, ids, order))
-        x = x0 = self._smear(embedded, None if cache is None else cache.swap_embedding(embedded[:, -1:]))
+        previous = None if cache is None else cache.swap_embedding(embedded[:, -1:])
+        x, x0 = smeared(embedded, previous, self.smear_gate.weight, self.smear_lambda)
         lambdas = torch.stack((self.resid_lambdas, self.x0_lambdas), 1).unbind()
         middle = x  # replaced by the stream after the middle block
         for layer, block in enumerate(self.blocks):
@@ -305,12 +307,6 @@ class GPT(nn.Module):
             cache.advance(ids.shape[1])
         backout = torch.cat((torch.ones_like(self.backout_lambda), -self.backout_lambda))
         return self.ln_f(mix(x, middle, backout)[0])
-
-    def _smear(self, x: Tensor, previous: Tensor | None) -> Tensor:
-        """x[t] + λ·σ(gate(x[t, :24]))·x[t−1]; `previous` (B, 1, D) came before x[0], None at the start of a text."""
-        before = torch.cat((torch.zeros_like(x[:, :1]) if previous is None else previous, x[:, :-1]), 1)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        return x + gate * before
 
     def forward(self, ids: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
         """Training loss.

@@ -5,8 +5,9 @@
          + what lies beside it in the worst moment
 
 What lasts is read off the real thing: the model and both optimizers are built on PyTorch's meta device, whose tensors have sizes
-and no memory, so a new storage format is counted without a word here. Gradients of all micro-batches but the first exist from
-beginning to end, since they are summed in place; where a step is one micro-batch, they appear as backward goes.
+and no memory, so a new storage format is counted without a word here. Gradients' sums exist from beginning to end of all
+micro-batches but the first; where a step is one micro-batch, they appear as backward goes. So do a further micro-batch's
+gradients of the blocks, beside their sums (`nanochat/micro_batches.py`).
 
 The moments looked at, of which the largest is the peak:
 
@@ -240,17 +241,19 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     head = activations.head(precision, batch)
     lasting, gradients = counted.lasting(), counted.gradients()
     summed = gradients if setup.accumulation > 1 else {}
+    again = {"gradients: matrices, before they are added": summed.get("gradients: matrices", 0)}
+    of_block = {what: size / shape.n_layer for what, size in again.items()}
     late = gradients if not setup.update_early else _sum(counted.tables_gradients(), counted.early())
     moments = {
         head.moment: _sum(ends, *halves, summed, head.working),
         "backward of the last attention": _sum(
-            ends, *first_halves, *(b.mlp for b in blocks[:-1]), summed, activations.after_attention(batch)
+            ends, *first_halves, *(b.mlp for b in blocks[:-1]), summed, of_block, activations.after_attention(batch)
         ),
         "the optimizer's step": late if setup.update_early else _sum(late, counted.workspace()),
     }
     worst = max(last.mlp_backward, key=lambda working: sum(working.values()))
     moments["backward of the last MLP"] = _sum(ends, *halves, summed, worst)
-    moments["backward of the first block"] = _sum(ends, blocks[0].attention, blocks[0].mlp, late, worst)
+    moments["backward of the first block"] = _sum(ends, blocks[0].attention, blocks[0].mlp, late, again, worst)
     if setup.graphs:  # the optimizers work beside all that a micro-batch's worst moment takes, not in its place
         moments["the optimizer's step"] = _sum(max(moments.values(), key=lambda of: sum(of.values())), counted.workspace())
     lasting["token ids and their order"] = 6 * 8 * batch.tokens  # two batches of inputs and targets, and the sorted positions

@@ -46,8 +46,9 @@ class _ProjectHeads(torch.autograd.Function):
             q, k, v, rstd = ops(qkv).heads_forward(qkv, cos, sin, heads, gate, table, ids)
         else:
             q, k, v, rstd = product.site.kernels(qkv).gemm_heads(
-                product.x, product.w, product.inverse, cos, sin, heads, gate, table, ids, qkv.shape[:2], qkv.dtype, product.fast
-            )
+                product.x, product.w, product.x_inverse, product.w_inverse, cos, sin, heads, gate, table, ids,
+                qkv.shape[:2], qkv.dtype, product.fast,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)  # the table too: autograd sees if it changes
         ctx.table, ctx.order, ctx.site, ctx.shape = table, order, site, qkv.shape
         return q, k, v

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from nvfp8 import scaling
 from nvfp8.head import LinearCrossEntropy, chunk_rows, counted, scaled_gradients
 from nvfp8.matmul import add_matmul_, fp8_matmul
-from nvfp8.quantize import Projection, Quantized
+from nvfp8.quantize import Projection
 from nvfp8.recipe import GEMMS, Recipe
 
 
@@ -38,7 +38,8 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, head: "FP8LinearCrossEntropy", scale: float, with_gradient: bool
     ) -> Tensor:
-        factor = counted(targets, scale)
+        factor, of_logits = counted(targets, scale), head.projections[0].dy
+        inverse = of_logits.inverse * factor
         needs_gradient = with_gradient and any(ctx.needs_input_grad)
         tokens = x.shape[0]
         if tokens % 16:  # they are what dW sums over
@@ -50,7 +51,7 @@ class _Loss(torch.autograd.Function):
         for start in range(0, x.shape[0], rows := chunk_rows(weight.shape[0], torch.float8_e5m2)):
             chunk = slice(start, start + rows)
             out = None if dx is None else dx[chunk]
-            dw = head.chunk(x[chunk], w, targets[chunk], losses[chunk], factor, out, dw)
+            dw = head.chunk(x[chunk], w, targets[chunk], losses[chunk], factor, inverse, out, dw)
         ctx.save_for_backward(None if dx is None else dx[:tokens], dw)
         ctx.used, ctx.weight_dtype = False, weight.dtype
         return losses.sum() * factor
@@ -82,8 +83,9 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
         return loss
 
     def chunk(
-        self, x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, factor: Tensor, dx: Tensor | None, dw: Tensor | None
-    ) -> Tensor | None:
+        self, x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, factor: Tensor, inverse: Tensor, dx: Tensor | None,
+        dw: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
         """Losses of a chunk of rows, and their gradients.
 
         Args:
@@ -92,6 +94,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             targets: (R,) int64.
             losses: (R,) fp32, written.
             factor: 0-D fp32, gradient of every valid token's loss.
+            inverse: 0-D fp32, `factor` over the scale of the logits' gradient in FP8.
             dx: (R, D) bf16, written; None where no gradient is wanted.
             dw: (V', D) fp32, sum over the chunks before, added to in place; None before the first.
 
@@ -115,8 +118,9 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
                 of_bf16 = None if dx is None else factor
                 losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
             else:
-                losses[part] = kernels.softcap_cross_entropy_quantize(
-                    logits, targets[part], self.vocab, self.softcap, dy.scale, factor if q is None or q_t is None else None,
+                kernels.softcap_cross_entropy_quantize(
+                    logits, targets[part], losses[part], self.vocab, self.softcap, dy.scale,
+                    factor if q is None or q_t is None else None,
                     None if q is None else q[part], None if q_t is None else q_t[:, part],
                 )  # fmt: skip
             if dx is not None and q is None:
@@ -125,13 +129,12 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
                 dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
                 add_matmul_(dw, logits.t(), x[part])
             del logits  # before the next part's are made
-        gradient = Quantized(q, q_t, dy.scale, dy.inverse * factor)
         if dx is not None and q is not None:
             assert w.t is not None
             # Promoted to fp32 whatever the recipe says of dgrad: this one sums over the vocabulary.
-            dx.copy_(fp8_matmul(q, w.t, gradient.inverse, w.inverse, dx.dtype, False, emulated=projection.emulated))
+            fp8_matmul(q, w.t, inverse, w.inverse, dx.dtype, False, emulated=projection.emulated, out=dx)
         if q_t is not None and x_t is not None:
             fast = recipe.wgrad.fast_accumulation
-            product = fp8_matmul(q_t, x_t, gradient.inverse, site.inverse, torch.float32, fast, emulated=projection.emulated)
+            product = fp8_matmul(q_t, x_t, inverse, site.inverse, torch.float32, fast, emulated=projection.emulated)
             dw = product if dw is None else dw.add_(product)
         return dw

@@ -146,7 +146,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if deferring:
             assert w.q is not None
-            product = Deferred(normed, w.q, site.inverse * w.inverse, site, projection.recipe.fprop.fast_accumulation)
+            product = Deferred(normed, w.q, site.inverse, w.inverse, site, projection.recipe.fprop.fast_accumulation)
             return stream, x0, head, stand_in(torch.Size((*x.shape[:-1], len(w.q))), x.dtype, x.device), product
         out = projection.fprop(normed, site.inverse, w, x.dtype)
         return stream, x0, head, out.view(*x.shape[:-1], -1), None
@@ -264,7 +264,7 @@ def _activate(
     if site.ready and _has_epilogues(site, normed):
         fast = fc.recipe.fprop.fast_accumulation
         a, a_t = kernels.gemm_relu_squared(
-            normed, w.q, fc.x.inverse * w.inverse, known, site.dtype, fast, amax, rows=rows, columns=columns
+            normed, w.q, fc.x.inverse, w.inverse, known, site.dtype, fast, amax, rows=rows, columns=columns
         )
         return Quantized(a, a_t, known, site.inverse)
     h = fc.fprop(normed, fc.x.inverse, w, dtype)
@@ -281,7 +281,7 @@ def _activate_backward(
     kernels = site.kernels(a_t)
     if site.ready and _has_epilogues(site, a_t):
         dh, dh_t = kernels.gemm_relu_squared_backward(
-            dy.q, w_t, dy.inverse * w_inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
+            dy.q, w_t, dy.inverse, w_inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )
         return Quantized(dh, dh_t, site.scale, site.inverse)
     d_a = proj.dgrad(dy, w_t, w_inverse, dtype)

@@ -89,7 +89,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_normed: Tensor) -> Tensor:
         x, rstd = ctx.saved_tensors
-        return ops(x).norm_backward(d_normed.contiguous(), x, rstd, None)[0]
+        return ops(x).norm_backward(d_normed.contiguous(), x, rstd, None, again=False)[0]
 
 
 class RMSNorm(nn.Module):

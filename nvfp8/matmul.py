@@ -47,8 +47,9 @@ def add_matmul_(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def fp8_matmul(
-    a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool, *, emulated: bool = False
-) -> Tensor:
+    a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool, *, emulated: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(a · a_inverse) · (b · b_inverse)ᵀ: a product of FP8 tensors, both contiguous along the summed axis ("TN").
 
     Args:
@@ -59,6 +60,7 @@ def fp8_matmul(
         out_dtype: of the result.
         fast: sum in the tensor core's own 14 bits or so rather than promote to fp32 now and then; emulation never does.
         emulated: decode and multiply in fp32, as is done without a GPU in any case.
+        out: (M, N) contiguous in `out_dtype`, written, or None for a new tensor.
 
     Returns:
         (M, N).
@@ -73,5 +75,7 @@ def fp8_matmul(
     if not (a.is_contiguous() and b.is_contiguous()):
         raise ValueError("both operands must be contiguous along the summed axis")
     if a.is_cuda and not emulated:
-        return torch._scaled_mm(a, b.t(), scale_a=a_inverse, scale_b=b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
-    return (a.float() @ b.float().t() * (a_inverse * b_inverse)).to(out_dtype)
+        scales = {"scale_a": a_inverse, "scale_b": b_inverse}
+        return torch._scaled_mm(a, b.t(), **scales, out_dtype=out_dtype, use_fast_accum=fast, out=out)
+    product = (a.float() @ b.float().t() * (a_inverse * b_inverse)).to(out_dtype)
+    return product if out is None else out.copy_(product)

@@ -18,6 +18,7 @@ elsewhere. And unlike one autograd Function for a whole block, it leaves attenti
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,21 +89,32 @@ class Deferred(NamedTuple):
     Attributes:
         x: (M, K) FP8.
         w: (N, K) FP8.
-        inverse: 0-D fp32, 1 / (scale of x · scale of w).
+        x_inverse: 0-D fp32, 1 / scale of x.
+        w_inverse: 0-D fp32, 1 / scale of w.
         site: where x was cast.
         fast: whether it sums in the tensor core's own 14 bits or so.
     """
 
     x: Tensor
     w: Tensor
-    inverse: Tensor
+    x_inverse: Tensor
+    w_inverse: Tensor
     site: Site
     fast: bool
 
 
+@cache
+@torch.inference_mode(False)  # autograd passes it on, whoever asked first
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
+
+
 def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor for autograd to pass on where the numbers are elsewhere: one NaN, stretched, so to use it is an error to see."""
-    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+    """A tensor for autograd to pass on where the numbers are elsewhere: one NaN, stretched, so to use it is an error to see.
+
+    All of a device share it: it is no kernel to launch, and nobody can write to a tensor whose elements are one in memory.
+    """
+    return _nan(dtype, device).expand(shape)
 
 
 def defer(x: Tensor, product: Deferred) -> Tensor:

@@ -68,7 +68,9 @@ def add_norm_forward(stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Te
     return x, *norm_forward(x)
 
 
-def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None, again: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Gradient of `norm_forward`, plus the gradient that reaches x past the norm.
 
     Args:
@@ -76,14 +78,15 @@ def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | 
         x: (..., D) the norm's input.
         rstd: (...) from the forward.
         d_stream: (..., D) gradient of x from elsewhere (the residual stream), or None.
+        again: whether x̂ is wanted.
 
     Returns:
-        dx (..., D), and x̂ (..., D) once more: the weight gradient needs it, so nobody has to keep it.
+        dx (..., D), and x̂ (..., D) once more, or None: a weight gradient needs it, so nobody has to keep it.
     """
     dx, normed = norm_gradient(wide(d_normed), wide(x), rstd)
     if d_stream is not None:
         dx = dx + wide(d_stream)
-    return dx.to(x.dtype), normed.to(x.dtype)
+    return dx.to(x.dtype), normed.to(x.dtype) if again else None
 
 
 def mix_norm_backward(
@@ -163,6 +166,67 @@ def mix_backward(
         dx0 = dx0 + wide(d_x0)
     d_lambdas = lambda_gradient(ds, wide(stream), wide(x0), lambdas)
     return (ds * lambdas[0]).to(stream.dtype), dx0.to(stream.dtype), d_lambdas
+
+
+def smear_forward(x: Tensor, previous: Tensor | None, weight: Tensor, smear: Tensor) -> Tensor:
+    """Each position with the one before it: x[t] + λ·σ(weight·x[t, :C])·x[t−1].
+
+    Args:
+        x: (B, T, D).
+        previous: (B, 1, D) that came before x[0]; None for zeros.
+        weight: (1, C).
+        smear: (1,), λ.
+
+    Returns:
+        (B, T, D), x's dtype.
+    """
+    first = torch.zeros_like(x[:, :1]) if previous is None else previous
+    gate = smear * torch.sigmoid(wide(x[..., : weight.shape[1]]) @ wide(weight).t())
+    return (wide(x) + gate * wide(torch.cat((first, x[:, :-1]), 1))).to(x.dtype)
+
+
+def smear_backward(d_out: Tensor, d_x0: Tensor | None, x: Tensor, weight: Tensor, smear: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `smear_forward` without a `previous`.
+
+    Args:
+        d_out: (B, T, D).
+        d_x0: (B, T, D), a second gradient of the same result, or None.
+        x: (B, T, D).
+        weight: (1, C).
+        smear: (1,).
+
+    Returns:
+        dx (B, T, D), d_weight (1, C) fp32, dλ (1,) fp32.
+    """
+    gradient = wide(d_out) if d_x0 is None else wide(d_out) + wide(d_x0)
+    channels, before = weight.shape[1], torch.nn.functional.pad(wide(x), (0, 0, 1, 0))[:, :-1]
+    read, sigmoid = wide(x[..., :channels]), torch.sigmoid(wide(x[..., :channels]) @ wide(weight).t())
+    d_gate = (gradient * before).sum(-1, keepdim=True)
+    d_logit = d_gate * smear * sigmoid * (1 - sigmoid)
+    dx = gradient + torch.nn.functional.pad((smear * sigmoid * gradient)[:, 1:], (0, 0, 0, 1))
+    dx[..., :channels] += d_logit * wide(weight)
+    return dx.to(x.dtype), (d_logit * read).sum((0, 1))[None], (d_gate * sigmoid).sum()[None]
+
+
+def value_gate_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """Factors of a value embedding's heads, 3·σ(x·weightᵀ): x (..., C), weight (K, C) -> (..., K) in x's dtype."""
+    return (3 * torch.sigmoid(wide(x) @ wide(weight).t())).to(x.dtype)
+
+
+def value_gate_backward(d_gate: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `value_gate_forward`.
+
+    Args:
+        d_gate: (..., K).
+        x: (..., C).
+        weight: (K, C).
+
+    Returns:
+        dx (..., C) in x's dtype, d_weight (K, C) fp32.
+    """
+    sigmoid = torch.sigmoid(wide(x) @ wide(weight).t())
+    d_logit = wide(d_gate) * 3 * sigmoid * (1 - sigmoid)
+    return (d_logit @ wide(weight)).to(x.dtype), d_logit.flatten(0, -2).t() @ wide(x).flatten(0, -2)
 
 
 def heads_forward(

@@ -270,7 +270,7 @@ def heads_backward_quantize(
 
 
 def gemm_heads(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
+    x_q: Tensor, w_q: Tensor, x_inverse: Tensor, w_inverse: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What attention reads, straight from a GEMM in FP8: as `nvfp8.reference.heads_forward` of x·wᵀ, but that is never rounded.
@@ -278,7 +278,8 @@ def gemm_heads(
     Args:
         x_q: (B·T, D) FP8.
         w_q: ((H + 2G)·E, D) FP8, the weights of q, k and v.
-        inverse_scale: 0-D fp32, 1 / (scale of x · scale of w).
+        x_inverse: 0-D fp32, 1 / scale of x.
+        w_inverse: 0-D fp32, 1 / scale of w.
         cos: (T, E/2).
         sin: (T, E/2).
         heads: (H, G).
@@ -293,21 +294,22 @@ def gemm_heads(
         q (B, T, H, E), k (B, T, G, E), v (B, T, G, E), contiguous, and 1/rms of the rotated q and k (B, T, H + G) fp32.
     """
     del fast
-    qkv = _product(x_q, w_q, inverse_scale).unflatten(0, shape)
+    qkv = _product(x_q, w_q, x_inverse * w_inverse).unflatten(0, shape)
     q, k, v, rstd = heads_values(qkv, cos, sin, heads, gate, table, ids)
     return q.to(dtype).contiguous(), k.to(dtype).contiguous(), v.to(dtype).contiguous(), rstd
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None,
-    *, rows: bool = True, columns: bool = True,
+    x_q: Tensor, w_q: Tensor, x_inverse: Tensor, w_inverse: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool,
+    amax: Tensor | None, *, rows: bool = True, columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """relu(x·wᵀ)² in FP8, x·wᵀ never stored.
 
     Args:
         x_q: (M, K) FP8.
         w_q: (N, K) FP8.
-        inverse_scale: 0-D fp32, 1 / (scale of x · scale of w).
+        x_inverse: 0-D fp32, 1 / scale of x.
+        w_inverse: 0-D fp32, 1 / scale of w.
         scale: 0-D fp32, of the result.
         dtype: FP8 format of the result.
         fast: sum in the tensor core's own 14 bits or so, rather than promote to fp32 every 128 terms; a twin never does.
@@ -319,19 +321,20 @@ def gemm_relu_squared(
         a (M, N), aᵀ (N, M), None for what is not wanted.
     """
     del fast
-    return quantize(_product(x_q, w_q, inverse_scale).relu().square(), scale, dtype, amax, rows=rows, columns=columns)
+    return quantize(_product(x_q, w_q, x_inverse * w_inverse).relu().square(), scale, dtype, amax, rows=rows, columns=columns)
 
 
 def gemm_relu_squared_backward(
-    dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
-    fast: bool, amax: Tensor | None,
+    dy_q: Tensor, w_t: Tensor, dy_inverse: Tensor, w_inverse: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor,
+    dtype: torch.dtype, fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A gradient GEMM through relu²: dh = (dy·w) · 2·√a in FP8; the gradient of a is never stored.
 
     Args:
         dy_q: (M, K) FP8.
         w_t: (N, K) FP8, the transpose of the weight (K, N).
-        inverse_scale: 0-D fp32, 1 / (scale of dy · scale of w).
+        dy_inverse: 0-D fp32, 1 / scale of dy.
+        w_inverse: 0-D fp32, 1 / scale of w.
         a_t: (N, M) FP8, as the forward wrote it.
         a_scale: 0-D fp32 it was written with.
         scale: 0-D fp32, of dh.
@@ -343,19 +346,19 @@ def gemm_relu_squared_backward(
         dh (M, N), dhᵀ (N, M).
     """
     del fast
-    return _both(_relu_squared_gradient(_product(dy_q, w_t, inverse_scale), a_t, a_scale), scale, dtype, amax)
+    return _both(_relu_squared_gradient(_product(dy_q, w_t, dy_inverse * w_inverse), a_t, a_scale), scale, dtype, amax)
 
 
-def _product(x_q: Tensor, w_q: Tensor, inverse_scale: Tensor) -> Tensor:
-    # inverse_scale in fp64 asks for the exact product.
-    dtype = torch.promote_types(inverse_scale.dtype, torch.float32)
-    return x_q.to(dtype) @ w_q.to(dtype).t() * inverse_scale
+def _product(x_q: Tensor, w_q: Tensor, inverse: Tensor) -> Tensor:
+    # An inverse in fp64 asks for the exact product.
+    dtype = torch.promote_types(inverse.dtype, torch.float32)
+    return x_q.to(dtype) @ w_q.to(dtype).t() * inverse
 
 
 def softcap_cross_entropy_quantize(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None, q: Tensor | None,
-    q_t: Tensor | None,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None,
+    q: Tensor | None, q_t: Tensor | None,
+) -> None:  # fmt: skip
     """Cross-entropy of softcapped logits, and its gradient in FP8, as it lies, transposed, or both.
 
     As `softcap_cross_entropy_`, but what every token's gradient is multiplied by (1 / valid tokens) is left to the GEMMs: without
@@ -364,18 +367,17 @@ def softcap_cross_entropy_quantize(
     Args:
         logits: (M, V') with V' ≥ vocab, contiguous.
         targets: (M,) int64; −1 is ignored: loss 0, gradient 0.
+        losses: (M,) fp32 to write, in nats.
         vocab: V; columns from V on are padding: not in the sum, gradient 0.
         softcap: c.
         scale: 0-D fp32, of the gradient in FP8.
         factor: 0-D fp32; where it is given, logits are overwritten with factor · gradient for a GEMM in their own dtype.
         q: (M, V') FP8 to write, contiguous, or None.
         q_t: (V', M) to write, rows contiguous but maybe part of longer ones, or None; not both None.
-
-    Returns:
-        losses (M,) fp32, in nats.
     """
-    losses, gradient = softcap_loss(wide(logits[:, :vocab]), targets, softcap, True)
+    of_tokens, gradient = softcap_loss(wide(logits[:, :vocab]), targets, softcap, True)
     assert gradient is not None
+    losses.copy_(of_tokens)
     gradient = torch.nn.functional.pad(gradient, (0, logits.shape[1] - vocab))
     if q is not None:
         q.copy_(_codes(gradient, scale, q.dtype))
@@ -383,4 +385,3 @@ def softcap_cross_entropy_quantize(
         q_t.copy_(_codes(gradient, scale, q_t.dtype).t())
     if factor is not None:
         logits.copy_(gradient * factor)
-    return losses

@@ -4,6 +4,7 @@ from nvfp8.kernels.adamw import adamw_
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.cross_entropy_fp8 import softcap_cross_entropy_quantize
 from nvfp8.kernels.embedding import add_rows_
+from nvfp8.kernels.gates import smear_backward, smear_forward, value_gate_backward, value_gate_forward
 from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.gemm_heads_fp8 import gemm_heads
 from nvfp8.kernels.heads import heads_backward, heads_forward
@@ -65,7 +66,11 @@ __all__ = [
     "relu_squared_quantize",
     "scale_",
     "scale_rows_",
+    "smear_backward",
+    "smear_forward",
     "softcap_cross_entropy_",
     "softcap_cross_entropy_quantize",
     "symmetric_product_",
+    "value_gate_backward",
+    "value_gate_forward",
 ]

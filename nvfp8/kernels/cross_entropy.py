@@ -1,7 +1,11 @@
 """Softcap, cross-entropy and their gradient over one row of logits a program, the gradient written where the logits were.
 
 The softcap bounds |z| by c = 15, so Σ exp(z) fits fp32 without a maximum: one pass sums, a second one (which finds the row
-in L2) writes the gradient. tanh and the softmax share fast exponentials: tanh(u) = 1 − 2/(1 + e^2u).
+in L2) writes the gradient. With r = 1/(1 + e^(2x/c)), tanh(x/c) is 1 − 2r, z is c − 2c·r, and dz/dx 4r(1 − r): two exponentials and
+a reciprocal a logit. A multiprocessor makes 16 of them a cycle, which bounds the sum before memory does.
+
+They are PTX's instructions themselves. Triton's functions take three more each for results below 2⁻¹²⁶ and divisors above 2¹²⁶:
+here a probability that no format holds, and a saturated tanh.
 """
 
 import torch
@@ -9,12 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nvfp8.kernels.fp8 import INTERPRETED
+
 BLOCK = 4096  # columns in registers at a time
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+def power_of_2(x):
+    """2^x, 0 where that is below 2^-126."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def softcap_share(logits, CAP: tl.constexpr):
+    """1/(1 + e^(2x/c)) of logits x, fp32: r, which the softcap z = c − 2c·r and its derivative 4r(1 − r) follow from."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    below = 1.0 + power_of_2((2.0 * LOG2E / CAP) * logits)
+    if INTERPRETED:
+        return 1.0 / below
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -22,17 +41,19 @@ def _softcap_cross_entropy(
     LOGITS, TARGETS, SCALE, LOSSES, LOG_SUMS, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     logits = LOGITS + row * STRIDE
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        capped = CAP * _tanh(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32) / CAP)
-        total += tl.where(column < VOCAB, tl.exp(capped), 0.0)
+        share = softcap_share(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32), CAP)
+        exponential = power_of_2(LOG2E * CAP - (2.0 * LOG2E * CAP) * share)
+        total += tl.where(column < VOCAB, exponential, 0.0) if VOCAB % BLOCK else exponential
     log_sum = tl.log(tl.sum(total, 0))
     valid = target >= 0
-    z_target = CAP * _tanh(tl.load(logits + tl.maximum(target, 0)).to(tl.float32) / CAP)
+    z_target = CAP - 2.0 * CAP * softcap_share(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), CAP)
     tl.store(LOSSES + row, tl.where(valid, log_sum - z_target, 0.0))
     if LOG_SUMS is not None:
         tl.store(LOG_SUMS + row, log_sum)
@@ -41,9 +62,9 @@ def _softcap_cross_entropy(
         scale = tl.where(valid, tl.load(SCALE), 0.0)
         for start in range(0, PADDED, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            tanh = _tanh(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32) / CAP)
-            gradient = tl.exp(CAP * tanh - log_sum) - tl.where(column == target, 1.0, 0.0)
-            gradient = tl.where(column < VOCAB, gradient * (1.0 - tanh * tanh) * scale, 0.0)
+            share = softcap_share(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32), CAP)
+            gradient = power_of_2(LOG2E * (CAP - log_sum) - (2.0 * LOG2E * CAP) * share) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(column < VOCAB, gradient * (4.0 * share * (1.0 - share)) * scale, 0.0)
             tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
 
 
@@ -64,14 +85,16 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
-    return row_pass(logits, targets, vocab, softcap, scale, None)
-
-
-def row_pass(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None) -> Tensor:
-    """Losses, where `scale` is given the gradient over the logits, and where `log_sums` (N,) fp32 is given log Σ exp(z) there."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    row_pass(logits, targets, losses, vocab, softcap, scale, None)
+    return losses
+
+
+def row_pass(
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None
+) -> None:
+    """Write losses (N,) fp32, where `scale` is given the gradient over the logits, and log Σ exp(z) to `log_sums` (N,) fp32."""
     _softcap_cross_entropy[(logits.shape[0],)](
         logits, targets, scale, losses, log_sums, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
         CAP=softcap, GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return losses

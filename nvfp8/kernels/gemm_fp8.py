@@ -29,13 +29,13 @@ GROUP = 8  # tile rows that are walked together
 
 @triton.jit
 def _gemm_relu_squared(
-    X, W, A_T, OUT, OUT_T, INVERSE_SCALE, A_SCALE, SCALE, AMAX, M, N, K,
+    X, W, A_T, OUT, OUT_T, X_INVERSE, W_INVERSE, A_SCALE, SCALE, AMAX, M, N, K,
     BACKWARD: tl.constexpr, DTYPE: tl.constexpr, IMPRECISE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tile_rows = tl.cdiv(M, BM)
     tile_columns = tl.cdiv(N, BN)
-    factor = tl.load(INVERSE_SCALE)
+    factor = tl.load(X_INVERSE) * tl.load(W_INVERSE)
     scale = tl.load(SCALE)
     if BACKWARD:
         factor *= 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale)
@@ -113,8 +113,8 @@ def _tiles(device: torch.device, fast: bool) -> dict[str, int]:
 
 
 def _launch(
-    x: Tensor, w: Tensor, inverse_scale: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor, dtype: torch.dtype,
-    fast: bool, amax: Tensor | None, rows: bool = True, columns: bool = True,
+    x: Tensor, w: Tensor, x_inverse: Tensor, w_inverse: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor,
+    dtype: torch.dtype, fast: bool, amax: Tensor | None, rows: bool = True, columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     m, k = x.shape
     n = w.shape[0]
@@ -132,7 +132,8 @@ def _launch(
 
     _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
         described(x, bm, bk), described(w, bn, bk), described(a_t, bn, bm),
-        described(out, bm, bn // 2), described(out_t, bn // 2, bm), inverse_scale, a_scale, scale, as_bits(amax), m, n, k,
+        described(out, bm, bn // 2), described(out_t, bn // 2, bm),
+        x_inverse, w_inverse, a_scale, scale, as_bits(amax), m, n, k,
         BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if fast else bk, GROUP=GROUP,
         **tiles,
     )  # fmt: skip
@@ -140,18 +141,18 @@ def _launch(
 
 
 def gemm_relu_squared(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, amax: Tensor | None,
-    *, rows: bool = True, columns: bool = True,
+    x_q: Tensor, w_q: Tensor, x_inverse: Tensor, w_inverse: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool,
+    amax: Tensor | None, *, rows: bool = True, columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared`; M, N and K must be multiples of 16."""
-    return _launch(x_q, w_q, inverse_scale, None, None, scale, dtype, fast, amax, rows, columns)
+    return _launch(x_q, w_q, x_inverse, w_inverse, None, None, scale, dtype, fast, amax, rows, columns)
 
 
 def gemm_relu_squared_backward(
-    dy_q: Tensor, w_t: Tensor, inverse_scale: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype,
-    fast: bool, amax: Tensor | None,
+    dy_q: Tensor, w_t: Tensor, dy_inverse: Tensor, w_inverse: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor,
+    dtype: torch.dtype, fast: bool, amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared_backward`; M, N and K must be multiples of 16."""
-    dh, dh_t = _launch(dy_q, w_t, inverse_scale, a_t, a_scale, scale, dtype, fast, amax)
+    dh, dh_t = _launch(dy_q, w_t, dy_inverse, w_inverse, a_t, a_scale, scale, dtype, fast, amax)
     assert dh is not None and dh_t is not None
     return dh, dh_t

@@ -28,7 +28,7 @@ from nvfp8.reference_math import FUSED_HEADS, NORM_EPS, QK_SCALE
 
 @triton.jit
 def _gemm_heads(
-    X, W, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, INVERSE_SCALE, M, D, T,
+    X, W, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, X_INVERSE, W_INVERSE, M, D, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     IMPRECISE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -37,7 +37,7 @@ def _gemm_heads(
     ROWS: tl.constexpr = BM - DOWN
     tile_rows = tl.cdiv(M, BM)
     tile_columns = tl.cdiv((H + 2 * G) * E, BN)
-    factor = tl.load(INVERSE_SCALE)
+    factor = tl.load(X_INVERSE) * tl.load(W_INVERSE)
     for tile in tl.range(tl.program_id(0), tile_rows * tile_columns, PROGRAMS, flatten=True):
         m, n = place(tile, tile_rows, tile_columns, GROUP, BM, BN)
         products = product(X, W, m, n, D, IMPRECISE, BM, BN, BK)
@@ -99,7 +99,7 @@ def _tiles(device: torch.device, fast: bool, size: int) -> dict[str, int]:
 
 
 def gemm_heads(
-    x_q: Tensor, w_q: Tensor, inverse_scale: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
+    x_q: Tensor, w_q: Tensor, x_inverse: Tensor, w_inverse: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int],
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_heads`; heads of 64 or 128 channels."""
@@ -121,7 +121,7 @@ def gemm_heads(
     x, w = (TensorDescriptor.from_tensor(t, [b, bk]) for t, b in ((x_q, bm), (w_q, bn)))
     out = (TensorDescriptor.from_tensor(t, [rows, size]) for t in (rotary, *(t.view(m, -1) for t in (q, k, v))))
     _gemm_heads[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(len(w_q), bn)),)](
-        x, w, *out, rstd, gate, table, ids, inverse_scale, m, d, shape[1],
+        x, w, *out, rstd, gate, table, ids, x_inverse, w_inverse, m, d, shape[1],
         H=n_head, G=n_kv, E=size, VALUES=gate is not None, SCALE=QK_SCALE, EPS=NORM_EPS,
         IMPRECISE=None if fast else bk, GROUP=GROUP, **tiles,
     )  # fmt: skip

@@ -66,7 +66,8 @@ def _norm_backward(
     ds = rstd * (d_normed - normed * (tl.sum(d_normed * normed, 0) / D))
     if STREAM:
         ds += tl.load(D_STREAM + at, mask, 0.0).to(tl.float32)
-    tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask)
+    if NORMED is not None:
+        tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask)
     if MIX:
         tl.store(DX + at, (ds * resid_lambda).to(DX.dtype.element_ty), mask)
         dx0 = ds * x0_lambda
@@ -166,10 +167,12 @@ def mix_backward(
     return dx, new_d_x0, partial.sum(0)
 
 
-def norm_backward(d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor | None, again: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """See `nvfp8.reference.norm_backward`."""
     x = x.contiguous()
-    dx, normed = torch.empty_like(x), torch.empty_like(x)
+    dx, normed = torch.empty_like(x), torch.empty_like(x) if again else None
     grid, options = _launch(x)
     _norm_backward[grid](
         d_normed, x, None, rstd, d_stream, None, None, None, dx, None, None, normed, x.shape[-1],

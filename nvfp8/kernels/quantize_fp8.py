@@ -33,7 +33,7 @@ def _at(which: tl.constexpr, first_row, first_column, ROW_END, COLUMN_END, ROWS:
 
 
 @triton.jit
-def _interleaved(c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def interleaved(c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Four times every fourth row, as one tile in order: other names for the same registers."""
     pairs = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     return tl.reshape(tl.permute(pairs, (0, 2, 3, 1)), (ROWS, COLUMNS))
@@ -41,7 +41,7 @@ def _interleaved(c0, c1, c2, c3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The reverse of `_interleaved`."""
+    """The reverse of `interleaved`."""
     pairs = tl.permute(tl.reshape(tile, (ROWS // 4, 2, 2, COLUMNS)), (0, 3, 1, 2))
     even, odd = tl.split(pairs)
     c0, c2 = tl.split(even)
@@ -55,7 +55,7 @@ def _store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS:
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = (first_token + token < M) & (first_channel + channel < N)
     across = first_channel * M + first_token + (channel * M + token)
-    tl.store(Q_T + across, _interleaved(c0, c1, c2, c3, TOKENS, CHANNELS), mask)
+    tl.store(Q_T + across, interleaved(c0, c1, c2, c3, TOKENS, CHANNELS), mask)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _relu_squared_backward_quantize(
     r2 = tl.load(A_T + at, mask, 0.0)
     at, mask = _at(3, channel, token, N, M, CHANNELS, TOKENS)
     r3 = tl.load(A_T + at, mask, 0.0)
-    a0, a1, a2, a3 = _quarters(tl.trans(_interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
+    a0, a1, a2, a3 = _quarters(tl.trans(interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
     c0, b0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
     c1, b1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
     c2, b2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)

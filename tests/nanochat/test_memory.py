@@ -53,23 +53,28 @@ MEASURED = {
 }
 
 
+def shifted(what: Setup) -> float:
+    """GiB of the stream, shifted by a position, and of two gates: smear kept them when these were measured."""
+    return 2 * what.rows * what.shape.sequence_len * (what.shape.n_embd + 2) / GIB
+
+
 @pytest.mark.parametrize("case", MEASURED)
 def test_predictions_are_within_5_percent_of_measurements(case: str) -> None:
     _, what, gib = MEASURED[case]
-    assert predict(what).total / GIB == pytest.approx(gib, rel=0.05)
+    assert predict(what).total / GIB == pytest.approx(gib - shifted(what), rel=0.05)
 
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_count_is_closer_than_it_must_be(case: str) -> None:
     """1 %: a tensor of the stream that a layer begins to keep in every block (3 to 6 %) is noticed."""
     _, what, gib = MEASURED[case]
-    assert predict(what).total / GIB == pytest.approx(gib, rel=0.01)
+    assert predict(what).total / GIB == pytest.approx(gib - shifted(what), rel=0.01)
 
 
 @pytest.mark.parametrize(("choice", "gib"), [("te-fp32", 28.18), ("te-bf16", 27.43), ("te-fp8", 27.05), ("te-remainders", 28.13)])
 def test_fused_adam_is_counted(choice: str, gib: float) -> None:
     what = setup(12, 32, WHOLE)
-    assert predict(what, Counted(what, choice)).total / GIB == pytest.approx(gib, rel=0.01)
+    assert predict(what, Counted(what, choice)).total / GIB == pytest.approx(gib - shifted(what), rel=0.01)
 
 
 def test_moments_are_where_they_should_be() -> None:
@@ -85,7 +90,7 @@ def test_lines_add_up_and_are_told() -> None:
     text = "\n".join(predicted.table())
     for part in ("log-sum-exp", "FP8 copies", "head: whole logits", "Muon: masters", "cuBLAS", "smaller ones", "other moments"):
         assert part in text
-    assert "27.49  GiB, the peak: backward of the head" in text
+    assert "27.39  GiB, the peak: backward of the head" in text
 
 
 def test_state_is_what_the_optimizers_hold() -> None:
@@ -212,7 +217,7 @@ def test_a_run_on_a_gpu_records_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert memory.beside(metrics, config, model("cpu"), 8, 1, 0.9) == "peak memory 0.9 GiB"
     text = memory.beside(metrics, config, model("cuda"), 8, 1, 15.17)
     metrics.close()
-    assert text == "peak memory 15.2 GiB (15.1 predicted: backward of the last MLP)"
+    assert text == "peak memory 15.2 GiB (15.0 predicted: backward of the last MLP)"
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["kind"] == "memory" and record["measured_gib"] == 15.17
     assert sum(record["lines"].values()) == pytest.approx(record["predicted_gib"], abs=0.01)

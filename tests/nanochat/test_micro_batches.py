@@ -83,6 +83,21 @@ def test_what_a_graph_must_not_go_on_with_is_seen() -> None:
     assert fixed(build_model(SHAPE, bf16(), torch.device("cpu"))) == ()
 
 
+@pytest.mark.parametrize("precision", [EMULATED, bf16()], ids=["fp8", "bf16"])
+def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> None:
+    it, plain = Steps(precision, "cpu", None), build_model(SHAPE, precision, torch.device("cpu"))
+    it.micro_batches.begin()
+    where: list[list[int]] = []
+    for tokens in it.tokens[:3]:
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        plain(inputs, targets, 1 / 3).backward()
+        it.micro_batches.run(inputs, targets, 1 / 3)
+        where.append([p.grad.data_ptr() for p in it.model.parameters() if p.grad is not None])
+    assert where[0] == where[1] == where[2] and len(where[0]) == len(list(plain.parameters()))
+    for (name, p), q in zip(plain.named_parameters(), it.model.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+
+
 def test_refusals_name_their_reason() -> None:
     def model(precision: Precision, shape: GPTConfig = SHAPE) -> GPT:
         with torch.device("meta"):

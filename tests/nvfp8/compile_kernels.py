@@ -67,8 +67,14 @@ def call_everything() -> None:
             x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
-            kernels.norm_backward(x, x, rstd, None), kernels.norm_backward(x, x, rstd, x)
+            kernels.norm_backward(x, x, rstd, None, again=False), kernels.norm_backward(x, x, rstd, x)
             kernels.add_norm_forward(x, x)
+            for previous, d_x0 in ((x[:, :1], x), (None, None)):
+                kernels.smear_forward(x, previous, x[0, :1, :24], lambdas[:1])
+                kernels.smear_backward(x, d_x0, x, x[0, :1, :24], lambdas[:1])
+            for heads in (6, 12):
+                gate = kernels.value_gate_forward(x[..., :12], x[0, :heads, :12].contiguous())
+                kernels.value_gate_backward(gate, x[..., :12], x[0, :heads, :12].contiguous())
             kernels.mix_norm_backward(x, x, x, None, x0, lambdas, rstd, None)
             kernels.mix_norm_backward(x, x, x, x, x0, lambdas, rstd, x)
             kernels.mix_forward(x, None, x0, lambdas, 12)
@@ -158,15 +164,15 @@ def compile_fp8(kernels: Any) -> None:
         for values in ((None, None, None), (gate, table, ids)):
             kernels.heads_backward_quantize(q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
         logits, targets = torch.zeros(16, 32768, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
-        codes, codes_t = torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
+        losses, codes, codes_t = torch.zeros(16), torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
         for factor, outputs in ((None, (codes, codes_t)), (one, (codes, None)), (one, (None, codes_t))):
-            kernels.softcap_cross_entropy_quantize(logits, targets, 32768, 15.0, one, factor, *outputs)
+            kernels.softcap_cross_entropy_quantize(logits, targets, losses, 32768, 15.0, one, factor, *outputs)
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
             a_t = torch.zeros(3072, 256, dtype=e4m3)
             for fast, rows, columns in ((True, True, True), (False, True, False), (EVERY, False, True)):
-                kernels.gemm_relu_squared(x_q, w_q, one, one, dtype, fast, amax, rows=rows, columns=columns)
-            kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, a_t, one, one, dtype, width == 768, amax)
+                kernels.gemm_relu_squared(x_q, w_q, one, one, one, dtype, fast, amax, rows=rows, columns=columns)
+            kernels.gemm_relu_squared_backward(x_q.to(dtype), w_q, one, one, a_t, one, one, dtype, width == 768, amax)
     if CAPABILITY >= 90:
         compile_gemm_heads(kernels)
 
@@ -199,7 +205,7 @@ def compile_gemm_heads(kernels: Any) -> None:
         w, cos = torch.zeros((6 + 2 * n_kv) * size, 768, dtype=e4m3), torch.zeros(64, size // 2, dtype=torch.bfloat16)
         gate, table = torch.zeros(*shape, n_kv, dtype=torch.bfloat16), torch.zeros(128, n_kv * size, dtype=torch.bfloat16)
         embedded = (gate, table, ids) if values else (None, None, None)
-        kernels.gemm_heads(x, w, one, cos, cos, heads, *embedded, shape, torch.bfloat16, fast)
+        kernels.gemm_heads(x, w, one, one, cos, cos, heads, *embedded, shape, torch.bfloat16, fast)
 
 
 def compile_adamw(kernels: Any) -> None:

@@ -25,9 +25,11 @@ def test_cross_entropy(vocab: int, padded: int, m: int, layouts: str, dtype: tor
         longer = torch.full((padded, m + 39), 3.0, device=DEVICE).to(dtype)
         q_t = longer[:, 16 : 16 + m] if layouts.startswith(("both", "columns")) else None
         given = logits.clone()
-        losses = function(given, targets, vocab, 15.0, scale, factor, q, q_t)
+        losses = torch.empty(m + 20, device=DEVICE).fill_(-7.0)  # a part of longer ones too
+        function(given, targets, losses[16:-4], vocab, 15.0, scale, factor, q, q_t)
+        assert (losses[:16] == -7).all() and (losses[-4:] == -7).all()
         assert (longer[:, :16].float() == 3).all() and (longer[:, 16 + m :].float() == 3).all()
-        results.append((losses, given, q, None if q_t is None else q_t.contiguous()))
+        results.append((losses[16:-4], given, q, None if q_t is None else q_t.contiguous()))
     assert_same(*results)
     assert factor is not None or torch.equal(results[0][1], logits)
     exact = logits.double()

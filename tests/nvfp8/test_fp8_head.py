@@ -158,7 +158,7 @@ def test_the_gradients_scale_is_that_of_every_batch() -> None:
     q = torch.empty(16, 128, dtype=torch.float8_e5m2)
     targets, scale = torch.full((16,), 5), torch.tensor(OF_LOGITS)
     targets[8:] = 3
-    reference.softcap_cross_entropy_quantize(logits, targets, 128, 15.0, scale, None, q, None)
+    reference.softcap_cross_entropy_quantize(logits, targets, torch.empty(len(logits)), 128, 15.0, scale, None, q, None)
     exact = logits.double()
     reference.softcap_cross_entropy_(exact, targets, 128, 15.0, torch.tensor(1.0, dtype=torch.float64))
     assert exact.abs().max() <= 1 and q.float().abs().max() <= OF_LOGITS

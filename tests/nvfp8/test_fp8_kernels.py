@@ -241,11 +241,11 @@ def test_twins_of_the_norm(dtype: torch.dtype) -> None:
 def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
     m, n, k = 40, 56, 48
     x, w = (random(rows, k, seed=rows).to(E4M3) for rows in (m, n))
-    inverse, a_scale, scale, amax = scalar(0.5), scalar(0.37), scalar(0.11), scalar(0.0)
+    inverses, a_scale, scale, amax = (scalar(2.0), scalar(0.25)), scalar(0.37), scalar(0.11), scalar(0.0)
     h = leaf(0.5 * (x.double() @ w.double().t()))
     exact = h.relu().square()
     for found in (
-        reference.gemm_relu_squared(x, w, inverse, a_scale, E4M3, True, amax),
+        reference.gemm_relu_squared(x, w, *inverses, a_scale, E4M3, True, amax),
         reference.relu_squared_quantize(h.detach().float(), a_scale, E4M3, amax),
     ):
         for ours, theirs in zip(found, both(exact, a_scale, E4M3), strict=True):
@@ -256,7 +256,7 @@ def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
     d_a = 0.5 * (dy.double() @ w_t.double().t())
     dh = 2 * d_a * (a_t.double().t() / a_scale.double()).sqrt()
     for found in (
-        reference.gemm_relu_squared_backward(dy, w_t, inverse, a_t, a_scale, scale, dtype, False, None),
+        reference.gemm_relu_squared_backward(dy, w_t, *inverses, a_t, a_scale, scale, dtype, False, None),
         reference.relu_squared_backward_quantize(d_a.float(), a_t, a_scale, scale, dtype, None),
     ):
         for ours, theirs in zip(found, both(dh, scale, dtype), strict=True):
@@ -372,13 +372,13 @@ def test_gemm(m: int, n: int, k: int, fast: bool, dtype: torch.dtype) -> None:
     x, w, w_t, dy = (random(rows, k, seed=i).to(E4M3) for i, rows in enumerate((m, n, n, m)))
     dy = dy.float().to(dtype)
     # Scales that use the formats' range: what is squared is up to 5σ, σ² = K / 16.
-    inverse, a_scale, scale = scalar(0.25), scalar(100 / k), scalar(10 / k)
+    inverses, a_scale, scale = (scalar(2.0), scalar(0.125)), scalar(100 / k), scalar(10 / k)
     exact = None
     if DEVICE == "cuda":
         exact = (0.25 * (x.double() @ w.double().t())).relu().square() * a_scale.double()
-    _, a_t = compare("gemm_relu_squared", x, w, inverse, a_scale, E4M3, fast, exact=exact)
+    _, a_t = compare("gemm_relu_squared", x, w, *inverses, a_scale, E4M3, fast, exact=exact)
     both, rows, columns = (
-        kernels.gemm_relu_squared(x, w, inverse, a_scale, E4M3, fast, None, rows=of[0], columns=of[1])
+        kernels.gemm_relu_squared(x, w, *inverses, a_scale, E4M3, fast, None, rows=of[0], columns=of[1])
         for of in ((1, 1), (1, 0), (0, 1))
     )
     assert (
@@ -388,7 +388,7 @@ def test_gemm(m: int, n: int, k: int, fast: bool, dtype: torch.dtype) -> None:
     )
     if exact is not None:
         exact = 0.25 * (dy.double() @ w_t.double().t()) * 2 * (a_t.double().t() / a_scale.double()).sqrt() * scale.double()
-    compare("gemm_relu_squared_backward", dy, w_t, inverse, a_t, a_scale, scale, dtype, fast, exact=exact)
+    compare("gemm_relu_squared_backward", dy, w_t, *inverses, a_t, a_scale, scale, dtype, fast, exact=exact)
 
 
 def fp8_calls(bad: float, stream: torch.dtype) -> dict[str, Callable[[object, Tensor], object]]:
@@ -410,7 +410,7 @@ def fp8_calls(bad: float, stream: torch.dtype) -> dict[str, Callable[[object, Te
             worse, x, None, x, x, lambdas, rstd, None, one, E4M3, one, E4M3, amax
         ),
         "heads": lambda m, amax: m.heads_backward_quantize(*arguments, one, E4M3, amax),
-        "gemm": lambda m, amax: m.gemm_relu_squared(x_q, x_q, scalar(bad), one, E4M3, True, amax),
+        "gemm": lambda m, amax: m.gemm_relu_squared(x_q, x_q, scalar(bad), one, one, E4M3, True, amax),
     }
 
 

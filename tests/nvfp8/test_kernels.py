@@ -59,6 +59,9 @@ def test_norm(shape: tuple[int, ...], with_stream: bool, dtype: torch.dtype) -> 
         reference.norm_backward(d_normed, x, rstd, d_stream),
         reference.norm_backward(*double(d_normed, x, rstd, d_stream)),
     )
+    alone = kernels.norm_backward(d_normed, x, rstd, d_stream, again=False)
+    assert torch.equal(alone[0], kernels.norm_backward(d_normed, x, rstd, d_stream)[0])
+    assert alone[1] is reference.norm_backward(d_normed, x, rstd, d_stream, again=False)[1] is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -109,6 +112,40 @@ def test_mix(shape: tuple[int, ...], with_head: bool, with_x0: bool, dtype: torc
     terms = (exact[0].norm() / lambdas[0] * torch.stack((x.double().norm(), x0.double().norm()))).norm()
     assert (kernel[2] - exact[2]).norm() <= 1.05 * (twin[2] - exact[2]).norm() + 1e-6 * terms
     compare(kernel[:2], twin[:2], exact[:2])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 1, 64)])
+@pytest.mark.parametrize("both", [True, False])
+def test_smear(shape: tuple[int, ...], both: bool, dtype: torch.dtype) -> None:
+    """Texts end inside a program's rows, and at their ends; `previous` in forward alone."""
+    x, d_out, d_x0 = (random(*shape, dtype=dtype, seed=seed) for seed in range(3))
+    weight, smear = random(1, 24, dtype=dtype, seed=3), torch.tensor([0.375], device=DEVICE)
+    previous = random(shape[0], 1, shape[2], dtype=dtype, seed=4) if both else None
+    arguments = (x, previous, weight, smear)
+    kernel, twin, exact = (m.smear_forward(*of) for m, of in ways(arguments))
+    compare((kernel,), (twin,), (exact,))
+    arguments = (d_out, d_x0 if both else None, x, weight, smear)
+    kernel, twin, exact = (m.smear_backward(*of) for m, of in ways(arguments))
+    compare(kernel[:1], twin[:1], exact[:1])
+    # Sums over all tokens, of either sign: measured against the size of their terms.
+    for ours, theirs, true in zip(kernel[1:], twin[1:], exact[1:], strict=True):
+        terms = d_out.double().norm() * x.double().norm() / shape[2] ** 0.5
+        assert ours.shape == true.shape and ours.dtype == theirs.dtype == torch.float32
+        assert (ours - true).norm() <= 1.05 * (theirs - true).norm() + 1e-6 * terms
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 12), 6), ((1, 33, 12), 3), ((3, 64, 16), 8)])
+def test_value_gate(shape: tuple[int, ...], heads: int, dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype, seed=1), random(heads, shape[2], dtype=dtype, seed=2)
+    kernel, twin, exact = (m.value_gate_forward(*of) for m, of in ways((x, weight)))
+    compare((kernel,), (twin,), (exact,))
+    arguments = random(*shape[:2], heads, dtype=dtype, seed=3), x, weight
+    compare(*(m.value_gate_backward(*of) for m, of in ways(arguments)))
+
+
+def ways(arguments: tuple[Tensor | None, ...]) -> list[tuple[object, list[Tensor | None]]]:
+    """The kernel, the twin, and the twin in fp64."""
+    return [(kernels, list(arguments)), (reference, list(arguments)), (reference, double(*arguments))]
 
 
 @pytest.mark.parametrize(("heads", "size"), [((2, 1), 16), ((3, 3), 32), ((4, 2), 128)])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp8.attention import project_heads
+from nvfp8.gates import smeared, value_gate
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,6 +143,37 @@ def test_project_heads_takes_ids_of_any_strides() -> None:
     gradient, table.grad = table.grad, None
     results[1].square().sum().backward()
     assert torch.equal(gradient, table.grad)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_smear(readers: int, dtype: torch.dtype) -> None:
+    x, weight = leaf(3, 7, 64, seed=1, dtype=dtype), leaf(1, 24, seed=2, dtype=dtype)
+    smear = torch.tensor([0.3], device=DEVICE, requires_grad=True)
+    previous = leaf(3, 1, 64, seed=3, dtype=dtype).detach()
+    outputs = smeared(x, None, weight, smear)[:readers]
+    gradients = [torch.randn_like(t) for t in outputs]
+    torch.autograd.backward(outputs, gradients)
+    wide = doubles(x, weight, smear)
+
+    def plain(before: Tensor) -> Tensor:
+        gate = wide[2] * torch.sigmoid(wide[0][..., :24] @ wide[1].t())
+        return wide[0] + gate * torch.cat((before.double(), wide[0][:, :-1]), 1)
+
+    exact = plain(torch.zeros_like(previous))
+    ours = [*outputs, x.grad, weight.grad, smear.grad]
+    check(ours, [*[exact] * readers, *torch.autograd.grad([exact] * readers, wide, [g.double() for g in gradients])], dtype)
+    with torch.no_grad():
+        check([smeared(x, previous, weight, smear)[0]], [plain(previous)], dtype)
+
+
+def test_value_gate(dtype: torch.dtype) -> None:
+    x, weight = leaf(3, 7, 12, seed=1, dtype=dtype), leaf(4, 12, seed=2, dtype=dtype)
+    gate = value_gate(x, weight)
+    d_gate = torch.randn_like(gate)
+    gate.backward(d_gate)
+    wide = doubles(x, weight)
+    exact = 3 * torch.sigmoid(wide[0] @ wide[1].t())
+    check([gate, x.grad, weight.grad], [exact, *torch.autograd.grad(exact, wide, d_gate.double())], dtype)
 
 
 def test_second_derivatives_are_refused() -> None:

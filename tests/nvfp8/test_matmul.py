@@ -41,6 +41,9 @@ def test_it_is_the_product_of_what_the_codes_stand_for(
     # largest term is no larger than the sum, in the mean. Promotion every 128 terms would change nothing here.
     bound = 2**-8 if out == torch.bfloat16 else 1e-6 if emulated else math.sqrt(4 * TERMS / 3) * CUT
     assert float((result.double() - exact).norm() / exact.norm()) < bound
+    whole = torch.full((96, 32), torch.nan, dtype=out, device=DEVICE)
+    assert fp8_matmul(a, b, *inverses, out, fast, emulated=emulated, out=whole[16:64]).data_ptr() == whole[16:].data_ptr()
+    assert torch.equal(whole[16:64], result) and bool(whole[[*range(16), *range(64, 96)]].isnan().all())
 
 
 @WAYS
