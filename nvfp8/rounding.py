@@ -198,8 +198,8 @@ def split(value: Tensor, remainder: torch.dtype | None, bits: Tensor | None) -> 
 def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
     """The fp32 value that `split` stored.
 
-    It leaves nothing negative beside 0, which would be taken from the exponent and make NaN. Where a user set a weight to 0, what is
-    left beside it counts as 0 then.
+    It leaves nothing negative beside 0, which would be taken from the exponent and make NaN. Where a user set a weight to 0, what
+    is left beside it counts as 0 then.
     """
     if remainder is None:
         return weight.float()
