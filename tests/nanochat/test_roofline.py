@@ -52,7 +52,7 @@ def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> Non
 def test_peaks_are_within_5_percent_of_measurements(run: Measured) -> None:
     what = counted(run.depth, run.window, run.label, run.rows, run.graphs)
     assert predict(what.setup, what).total / GIB == pytest.approx(run.gib, rel=0.05)
-    assert predict(what.setup, what).total / GIB == pytest.approx(run.gib, rel=0.008)  # what the planner's notes say, rounded
+    assert predict(what.setup, what).total / GIB == pytest.approx(run.gib, rel=0.0145)  # what the planner's notes say
 
 
 def test_efficiencies_are_those_of_the_profile() -> None:
