@@ -17,6 +17,7 @@ from nanochat.interchange import import_model
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
+from nvfp8.hardware import missing
 from nvfp8.precision import bf16, fp32
 
 pytestmark = pytest.mark.gpu
@@ -63,13 +64,16 @@ def test_a_micro_batch_keeps_what_the_layers_say() -> None:
     assert (kept(8) - kept(6)) / 2 / channels < 20.6
 
 
-def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_after_two_steps_nothing_is_compiled_again(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning rate, momentum and weight decay change every step; evaluation, samples and a checkpoint come in between.
 
     Kernels are Triton's, and Triton says which it has built (or found on disk) because of a dtype, a constant, or a number that
     16 divides or that is 1. Graphs of torch.compile there are none, and if there were, they would count.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if reason := missing(precision, torch.cuda.get_device_capability()):
+        pytest.skip(reason)
     texts = [f"the loss of step {i} is {i * i}" for i in range(200)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Tokenizer.train(texts, 290).save(base_dir() / "tokenizer")
@@ -95,9 +99,9 @@ def test_after_two_steps_nothing_is_compiled_again(tmp_path: Path, monkeypatch: 
     counters.clear()
     train(
         TrainConfig(
-            data=str(tmp_path / "texts.jsonl"), depth=4, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=4,
+            data=str(tmp_path / "texts.jsonl"), depth=4, aspect_ratio=32, head_dim=64, max_seq_len=32, device_batch_size=4,
             total_batch_size=256, num_iterations=8, warmup_steps=3, eval_every=3, sample_every=4, save_every=5,
-            core_metric_every=-1, model_tag="compiled", precision="bf16",
+            core_metric_every=-1, model_tag="compiled", precision=precision,
         )
     )  # fmt: skip
     assert len(steps) == 8 and any("_adamw" in kernel for kernel in built[: steps[0][1]])
