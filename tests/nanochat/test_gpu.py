@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 
 from nanochat.build import build_model
 from nanochat.dataset import base_dir
+from nanochat.generate import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interchange import import_model
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import missing
-from nvfp8.precision import bf16, fp32
+from nvfp8.precision import bf16, fp8, fp32
+from nvfp8.recipe import RECIPES
 
 pytestmark = pytest.mark.gpu
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "nanochat_tiny"
@@ -62,6 +64,32 @@ def test_a_micro_batch_keeps_what_the_layers_say() -> None:
     channels = 8 * 1024 * config.n_embd
     # Two layers more: one has a value embedding. 1/rms, log-sum-exp and gates are the few per cent above 20.
     assert (kept(8) - kept(6)) / 2 / channels < 20.6
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_evaluation_and_generation_make_no_second_copy_of_the_weights(precision: str) -> None:
+    if reason := missing(precision, torch.cuda.get_device_capability()):
+        pytest.skip(reason)
+    made = {"bf16": bf16(), "fp8": fp8(RECIPES["delayed"])}[precision]
+    model = build_model(GPTConfig.from_depth(8, sequence_len=256), made, torch.device("cuda"))
+    ids = torch.randint(32768, (1, 64), device="cuda")
+    square = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
+    square @ square  # cuBLAS's workspace for bf16 is there
+    for _ in range(3):
+        model(ids, ids).backward()
+        assert model.scaling.update() == []
+        model.zero_grad(set_to_none=True)
+    tables = ("wte", "value_embeds")
+    weights = sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 2 and not any(part in name for part in tables))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.token_losses(ids, ids)
+    assert len(list(generate(model, [1, 2, 3], 4))) == 4
+    torch.cuda.synchronize()
+    # At its peak one matrix in bf16 where it is kept in fp32, lm_head's at most: 1/5 of all bytes; and 64 rows of logits.
+    assert torch.cuda.max_memory_allocated() - before < weights / 2
+    assert torch.cuda.memory_allocated() - before < weights / 8
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
