@@ -2,6 +2,14 @@
 
     python -m benchmarks.quality --steps 770 reference= seed="--seed 43" momentum="--state-dtype momentum=e4m3" …
 
+Each format of state and of masters by itself, over 100 M tokens:
+
+    python -m benchmarks.quality --steps 764 fp32="--precision bf16" seed="--precision bf16 --seed 43" \
+        first="--precision bf16 --state-dtype exp_avg=e4m3" second="--precision bf16 --state-dtype exp_avg_sq=e4m3" \
+        momentum="--precision bf16 --state-dtype momentum=e4m3" bf16="--precision bf16 --master-weights bf16" \
+        byte="--precision bf16 --master-weights bf16+8" split="--precision bf16 --master-weights bf16+16" \
+        all="--precision bf16 --state-dtype e4m3 --master-weights bf16+8"
+
 Each argument is a name and the flags it adds to `scripts.base_train`; the first is what the others are compared with. All see the
 same tokens in the same order. `gap` is the relative difference of the final validation bits per byte from the first run's: hold it
 against that of a run with another seed. Checkpoints are deleted, the runs' metrics.jsonl stay.

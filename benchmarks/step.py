@@ -6,8 +6,8 @@
     python -m benchmarks.step --depth 24 --batch 16 --state-dtype e4m3 --master-weights bf16+8 [--accumulation 1 --update-early]
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
-first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Medians. `peak_GiB`
-counts what CUDA graphs hold.
+first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Before it
+`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from benchmarks.quality import arm
 from nanochat.train_config import TrainConfig
 from nvfp8.recipe import parse_recipe
 
@@ -109,6 +110,8 @@ def test_every_command_is_parsed(where: str, program: str, words: list[str]) -> 
         parse_recipe(given.recipe)
     if program == "scripts.base_train":
         TrainConfig(**vars(given))
+    for flags_of_run in [arm(run)[1] for run in given.runs] if program == "benchmarks.quality" else []:
+        TrainConfig(**vars(begin("scripts.base_train", flags_of_run)[0]))
 
 
 @pytest.mark.parametrize("where", DOCUMENTS, ids=lambda path: path.name)
