@@ -12,7 +12,7 @@ from typing import Literal, Self, cast
 import torch
 from torch import nn
 
-from nvfp8 import scaling, te_engine, te_layers
+from nvfp8 import scaling, te_engine, te_layers, versions
 from nvfp8.fp8_fine_layers import FineLinear, FineMLP, FineNormLinear
 from nvfp8.fp8_head import FP8LinearCrossEntropy
 from nvfp8.fp8_layers import FP8Linear, FP8NormLinear, FP8ReluSquaredMLP
@@ -22,6 +22,7 @@ from nvfp8.recipe import GEMMS, RECIPES, Recipe, covers
 from nvfp8.reference_math import FUSED_HEADS
 from nvfp8.te import as_run
 
+versions.follow_optimizers()
 Projection = Linear | te_layers.TELinear
 JoinedProjections = NormLinear | te_layers.TENormLinear | te_layers.SeparateNormLinear
 MLP = ReluSquaredMLP | te_layers.TEMLP | te_layers.SeparateMLP
