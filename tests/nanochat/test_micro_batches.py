@@ -83,9 +83,8 @@ def test_what_a_graph_must_not_go_on_with_is_seen() -> None:
     assert fixed(build_model(SHAPE, bf16(), torch.device("cpu"))) == ()
 
 
-@pytest.mark.parametrize("precision", [EMULATED, bf16()], ids=["fp8", "bf16"])
-def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> None:
-    it, plain = Steps(precision, "cpu", None), build_model(SHAPE, precision, torch.device("cpu"))
+def check_sums(it: Steps, precision: Precision, device: str) -> None:
+    plain = build_model(it.model.config, precision, torch.device(device))
     it.micro_batches.begin()
     where: list[list[int]] = []
     for tokens in it.tokens[:3]:
@@ -96,6 +95,11 @@ def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> Non
     assert where[0] == where[1] == where[2] and len(where[0]) == len(list(plain.parameters()))
     for (name, p), q in zip(plain.named_parameters(), it.model.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("precision", [EMULATED, bf16()], ids=["fp8", "bf16"])
+def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> None:
+    check_sums(Steps(precision, "cpu", None), precision, "cpu")
 
 
 def test_refusals_name_their_reason() -> None:
@@ -151,6 +155,15 @@ def test_graphs_compute_what_single_launches_do(kind: str) -> None:
                 it.model.blocks[2].mlp.c_fc.weight.mul_(1.5)
         for _ in range(4):
             assert one.step() == other.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_gradients_are_summed_on_a_gpu_as_autograd_sums_them(kind: str) -> None:
+    with restored():
+        make_deterministic()
+        precision = bf16() if kind == "bf16" else on_gpu()
+        check_sums(Steps(precision, "cuda", "to compare with", WIDE), precision, "cuda")
 
 
 @pytest.mark.gpu
