@@ -4,7 +4,7 @@ A layer's GEMMs read W and Wᵀ in FP8. Cast by the layer they cost two passes o
 cast. The optimizer's kernel knows both sooner, but for the scale, which is the history's (`scaling.py`). So:
 
 * a layer that casts its weights keeps the copies as `Held`, by which a parameter leads to them;
-* an optimizer asks for the copies of what it updates (`begin`), writes them, and says so (`finish`);
+* an optimizer asks for the copies of what it updates (`writable`), begins (`begin`), writes them, and says so (`finish`);
 * the layer finds copies of the very versions that its parameters have (`are_of`), or casts again.
 
 Several parameters may be stacked in one pair of copies, and be updated at different times, or not all of them. Whoever is the
@@ -15,7 +15,7 @@ No layer is known here: a parameter without copies, or of a layer that wants ano
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -96,16 +96,24 @@ def _held(parameter: Tensor) -> Held | None:
     return None if reference is None else reference()
 
 
-def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tensor, Copies]:
-    """Where an update has to write copies, by parameter; those that are not in it have none, or are cast by their layer.
+def writable(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tensor, Held]:
+    """The copies that an update may write, by parameter; others have none, or are cast by their layer.
 
     Args:
         parameters: what is to be updated now.
         updated: all that this optimizer updates. Copies that it could write a part of alone are left to their layer.
     """
     ids = {id(p) for p in updated}
-    found = {p: held for p in parameters if (held := _held(p)) is not None and held.writable(p, ids)}
-    rounds = [held for p, held in found.items() if held.begin(p)]
+    return {p: held for p in parameters if (held := _held(p)) is not None and held.writable(p, ids)}
+
+
+def begin(found: Mapping[Tensor, Held]) -> list[Held]:
+    """Expect all of `found` to be written, and return what that begins a round of: its scales are to be renewed (`renew`)."""
+    return [held for p, held in found.items() if held.begin(p)]
+
+
+def renew(rounds: Sequence[Held]) -> None:
+    """Give copies the scale that their history says, and forget the amax of the copies before. Launches, and decides nothing."""
     for scaling in {id(held.scaling): held.scaling for held in rounds}.values():
         own = [held for held in rounds if held.scaling is scaling]
         scales = scaling.scales_of_copies()
@@ -113,13 +121,20 @@ def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tenso
         to = [*(held.scale for held in own), *(held.inverse for held in own)]
         torch._foreach_copy_(to, [each[held.site.index] for each in new for held in own])
         torch._foreach_zero_([held.site.amax for held in own])
-    return {p: held.part(p) for p, held in found.items()}
 
 
-def finish(written: Iterable[Tensor]) -> None:
-    """After parameters that `begin` returned, and their copies, were written, and the parameters' versions raised."""
-    held = {p: held for p in written if (held := _held(p)) is not None}
-    changed = {id(each): each for each in held.values()}.values()
-    torch.autograd.graph.increment_version([x for each in changed for x in (each.q, each.t) if x is not None])
-    for p, each in held.items():
-        each.finish(p)
+def finish(found: Mapping[Tensor, Held]) -> None:
+    """After parameters and the copies of them that `writable` found were written, and the parameters' versions raised."""
+    changed = {id(held): held for held in found.values()}.values()
+    torch.autograd.graph.increment_version([x for held in changed for x in (held.q, held.t) if x is not None])
+    for p, held in found.items():
+        held.finish(p)
+
+
+def fixed(found: Mapping[Tensor, Held]) -> object | None:
+    """What launches that renew and write copies go by; None within a round. While it stays the same, so do the launches."""
+    if any(None in held._of for held in found.values()):
+        return None
+    seen = {id(held): held for held in found.values()}
+    tensors = [(h.q, h.t, h.scale, h.inverse, h.site.amax, h.scaling.amax, h.scaling.scale) for h in seen.values()]
+    return [id(p) for p in found], list(seen), [None if x is None else x.data_ptr() for each in tensors for x in each]

@@ -23,7 +23,7 @@ torch.distributed.checkpoint saves, loads and reshards.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from zlib import crc32
 
@@ -32,11 +32,13 @@ from torch import Tensor
 
 from nvfp8 import copies, hardware, rounding
 from nvfp8.optim.shards import beside, local, local_gradient, local_scales, placed, scales_beside, which
+from nvfp8.optim.update import NUMBERS, Update
 from nvfp8.reference_optim import Copies
 from nvfp8.state import STATE_DTYPES, Codec, Master, Stored, codec, codec_of, master, read_weight, write_weight
 
 # What a key is for: a step's update, or from here on the conversion of each coded state and of the weight.
 _UPDATE, _CONVERSION = 0, 1
+_READABLE = (torch.float32, torch.bfloat16)  # gradients that kernels take as they are
 
 
 def _fitting(saved: Mapping[str, Tensor], what: str, place: Tensor) -> Tensor:
@@ -56,9 +58,11 @@ class StoredOptimizer(torch.optim.Optimizer):
 
     Attributes:
         coded: the state that has a codec; a group's option `<what>_dtype` names it.
+        purposes: what an update draws keys for.
     """
 
     coded: ClassVar[tuple[str, ...]]
+    purposes: ClassVar[tuple[int, ...]] = (_UPDATE,)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         """Allocate all state.
@@ -76,6 +80,7 @@ class StoredOptimizer(torch.optim.Optimizer):
     def _index(self) -> None:
         self._names: dict[Tensor, str] = {}
         self._group_of: dict[Tensor, dict[str, Any]] = {}
+        self._hashes: dict[Tensor, int] = {}  # of names, as keys of rounding take them
         self._formats: list[dict[str, Any]] = []  # of each group, as its state was made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +111,7 @@ class StoredOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             del self._formats[place:]
             for p in group["params"]:
-                for kind in (self._names, self._group_of, self.state):
+                for kind in (self._names, self._group_of, self._hashes, self.state):
                     kind.pop(p, None)
             raise
 
@@ -114,6 +119,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         names = group.get("param_names") or [f"{place}.{i}" for i in range(len(group["params"]))]
         self._names |= dict(zip(group["params"], names, strict=True))
         self._group_of |= dict.fromkeys(group["params"], group)
+        self._hashes |= {p: rounding.spread(crc32((self._names[p] + which(p)).encode())) for p in group["params"]}
         self._formats.append({key: group[key] for key in self._format_options()})
 
     def _format_options(self) -> list[str]:
@@ -168,8 +174,8 @@ class StoredOptimizer(torch.optim.Optimizer):
         return int(self.state[parameter]["step"])
 
     def _key(self, parameter: Tensor, purpose: int = _UPDATE) -> int:
-        name = self._names[parameter] + which(parameter)
-        return rounding.key(self._group_of[parameter]["seed"], self._steps(parameter), crc32(name.encode()), purpose)
+        seed, steps = self._group_of[parameter]["seed"], self._steps(parameter)
+        return int(rounding.keys([seed], [steps], [self._hashes[parameter]], [purpose]))
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient that an update takes; a parameter without one is left as it is."""
@@ -208,19 +214,75 @@ class StoredOptimizer(torch.optim.Optimizer):
         self._check_formats()
         given = [(p, local_gradient(p, g)) for p in parameters if (g := self.gradient(p)) is not None]
         if given:
-            torch._foreach_add_([self.state[p]["step"] for p, _ in given], 1)
-            written = copies.begin((p for p, _ in given if self._writes_copies(p)), self._names)
-            self._update(given, written)
-            torch.autograd.graph.increment_version([p for p, _ in given])
-            copies.finish(written)
+            step = Update(self, given)
+            step.begin()
+            step.renew()
+            step.launch()
+            step.finish()
         return len(given)
+
+    def fixed(self) -> object | None:
+        """What the launches of a step of all parameters go by, rates not among it (`nvfp8/optim/update.py`).
+
+        None where a launch cannot be repeated: a parameter has no gradient, or one that is converted before it is read, or is a
+        DTensor, or its FP8 copies are half written.
+        """
+        self._check_formats()
+        addresses: list[int] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if gradient is None or placed(p) or not gradient.is_contiguous() or gradient.dtype not in _READABLE:
+                    return None
+                addresses += (p.data_ptr(), gradient.data_ptr(), gradient.element_size())
+                addresses += (value.data_ptr() for what, value in self.state[p].items() if what != "step")
+        every = (p for group in self.param_groups for p in group["params"] if self._writes_copies(p))
+        held = copies.fixed(copies.writable(every, self._names))
+        return None if held is None else (addresses, [group.get("stochastic") for group in self.param_groups], held)
 
     def _writes_copies(self, parameter: Tensor) -> bool:
         """Whether an update can write a layer's FP8 copies of the parameter."""
         return not placed(parameter)
 
-    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
-        """Update parameters, each with its local gradient, and write FP8 copies of some; their steps count this one."""
+    def _ordered(self, given: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        """Parameters with their gradients, in the order in which `_prepared` wants their numbers."""
+        return given
+
+    def _numbers(self, parameters: Sequence[Tensor]) -> Tensor:
+        """What changes from step to step, (n, NUMBERS) fp32 on the CPU: bits of an int32 key for each of `purposes`, then rates.
+
+        The parameters' steps count this one.
+        """
+        numbers = torch.zeros(len(parameters), NUMBERS, dtype=torch.float32, device="cpu")
+        steps = [int(n) for n in torch.stack([self.state[p]["step"] for p in parameters]).tolist()]
+        groups = [self._group_of[p] for p in parameters]
+        keys = rounding.keys([group["seed"] for group in groups], steps, [self._hashes[p] for p in parameters], self.purposes)
+        numbers.view(torch.int32)[:, : len(self.purposes)] = keys
+        known: dict[Any, tuple[float, ...]] = {}  # parameters of one kind in one group have one set of rates
+        rates = []
+        for p, group, n in zip(parameters, groups, steps, strict=True):
+            kind = id(group), n, self._kind(p)
+            if kind not in known:
+                known[kind] = self._rates(p, group, n)
+            rates.append(known[kind])
+        numbers[:, len(self.purposes) : len(self.purposes) + len(rates[0])] = torch.tensor(rates, device="cpu")
+        return numbers
+
+    def _kind(self, parameter: Tensor) -> object:
+        """What of a parameter itself its rates depend on."""
+        return None
+
+    def _rates(self, parameter: Tensor, group: dict[str, Any], steps: int) -> tuple[float, ...]:
+        """A parameter's rates in the update after which it will have made so many steps."""
+        raise NotImplementedError
+
+    def _prepared(
+        self, given: Sequence[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies], numbers: Mapping[torch.device, Tensor]
+    ) -> Callable[[], None]:
+        """What launches an update of parameters, each with its local gradient, and of the FP8 copies of some.
+
+        It may be called again as long as `fixed` says so. The table of `_numbers` is on every device, rows in the order of `given`.
+        """
         raise NotImplementedError
 
     # From one format to another

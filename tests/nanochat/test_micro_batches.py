@@ -115,12 +115,13 @@ def test_refusals_name_their_reason() -> None:
         )
 
 
-def test_the_optimizers_work_beside_a_graphs_memory() -> None:
+def test_optimizers_that_are_not_captured_work_beside_a_graphs_memory() -> None:
     setup = Setup(GPTConfig.from_depth(12, window_pattern="L"), fp8(RECIPES["delayed"]), 32)
     counted = Counted(setup)
     singly, graphs = predict(setup, counted), predict(replace(setup, graphs=True), counted)
-    assert graphs.moment == "the optimizer's step"
-    assert graphs.total == singly.total + counted.workspace()["Muon's workspace"]
+    beside = predict(replace(setup, graphs=True, captured_updates=False), counted)
+    assert graphs == singly and beside.moment == "the optimizer's step"
+    assert beside.total == singly.total + counted.workspace()["Muon's workspace"]
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
