@@ -45,8 +45,9 @@ from nvfp8.polar_express import fastest_products, room
 from nvfp8.precision import Precision, TEPrecision
 
 GIB = 2**30
-# torch's cuBLAS workspace, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8 of
-# 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CublasHandlePool.cpp). One stream, one handle.
+# A cuBLAS workspace of torch's, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8
+# of 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CublasHandlePool.cpp). Each handle has one for each stream, and each
+# thread a handle: that of forward and that of autograd. Graphs are captured on a stream of their own.
 _CUBLAS = {True: 32 * 2**20, False: 2 * 2**22 + 8 * 2**14}
 # Transformer Engine's own (`cpp_extensions/gemm.py`, get_cublas_workspace_size_bytes).
 _TE_CUBLAS = {True: 32 * 2**20 + 1024, False: 2**22}
@@ -149,7 +150,7 @@ class Counted:
             **self._by_group("weights", lambda name, p: p.nbytes),
             "FP8 copies of weights, both layouts": self._fp8_copies(),
             **self.states,
-            "cuBLAS's workspace": _CUBLAS[hopper] + (_TE_CUBLAS[hopper] if te else 0),
+            "cuBLAS's workspaces": 2 * _CUBLAS[hopper] + (_TE_CUBLAS[hopper] if te else 0),
         }
 
     def gradients(self) -> Bytes:
@@ -259,6 +260,8 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     moments["backward of the first block"] = _sum(ends, blocks[0].attention, blocks[0].mlp, late, again, worst)
     if setup.graphs and not setup.captured_updates:  # then beside all that a micro-batch's worst moment takes, not in its place
         moments["the optimizer's step"] = _sum(max(moments.values(), key=lambda of: sum(of.values())), counted.workspace())
+    if setup.graphs:
+        lasting["cuBLAS's workspaces"] += 2 * _CUBLAS[setup.capability >= (9, 0)]
     lasting["token ids and their order"] = 6 * 8 * batch.tokens  # two batches of inputs and targets, and the sorted positions
     return Prediction(lasting, moments)
 

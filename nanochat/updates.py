@@ -15,7 +15,7 @@ import torch
 
 from nanochat.micro_batches import MicroBatches
 from nanochat.optimizer import NamedOptimizer, StoredByName
-from nvfp8.optim.update import Replayed, fixed
+from nvfp8.optim.update import Replayed, repeatable
 
 
 class Updates:
@@ -36,14 +36,12 @@ class Updates:
         """Update every parameter; all micro-batches of the step have run."""
         graphs = self._micro_batches
         if graphs.replaying and len(self._own) == len(self._optimizers):
-            if graphs.behind is None and fixed(self._own) is not None:
+            if graphs.behind is None and repeatable(self._own):
                 graphs.behind = Replayed(self._own)
-            replayed = graphs.behind
-            if replayed is not None and replayed.fits():
-                # As PyTorch marks a step, for `step_profile.py`.
-                with torch.profiler.record_function("Optimizer.step#replayed"):
-                    replayed.step(graphs.capture)
-                return
+            # As PyTorch marks a step, for `step_profile.py`.
+            with torch.profiler.record_function("Optimizer.step#replayed"):
+                if graphs.behind is not None and graphs.behind.step(graphs.capture):
+                    return
             graphs.behind = None
         for optimizer in self._optimizers:
             optimizer.step()

@@ -47,19 +47,18 @@ def key(seed: int, step: int, tensor: int, purpose: int) -> int:
     return mix(mix(_begun(seed, step) ^ spread(tensor)) ^ spread(purpose)) & 0x7FFFFFFF
 
 
-def keys(seeds: Sequence[int], steps: Sequence[int], tensors: Sequence[int], purposes: Sequence[int]) -> Tensor:
+def keys(seeds: Sequence[int], steps: Sequence[int], tensors: Tensor, purposes: Sequence[int]) -> Tensor:
     """The keys of many tensors, each with its seed and step, for each purpose: (tensors, purposes) int64.
 
     Args:
         seeds: n.
         steps: n.
-        tensors: n, each already `spread`.
+        tensors: (n,) int64 on the CPU, each already `spread`.
         purposes: as for `key`.
     """
     # A step asks for one or two keys of every tensor: in Python, hash by hash, that took longer than the launches of a small model.
     begun = [_begun(seed, step) for seed, step in zip(seeds, steps, strict=True)]
-    parts = torch.tensor([begun, list(tensors)], dtype=torch.int64, device="cpu")
-    of_tensors = mix(parts[0] ^ parts[1])
+    of_tensors = mix(torch.tensor(begun, device="cpu") ^ tensors)
     return mix(of_tensors[:, None] ^ torch.tensor([spread(purpose) for purpose in purposes], device="cpu")) & 0x7FFFFFFF
 
 

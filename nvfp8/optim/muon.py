@@ -203,10 +203,9 @@ class Muon(StoredOptimizer):
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return fastest_products(r, c, self.compute_dtype, capability)
 
-    def fixed(self) -> object | None:
+    def fixed(self) -> object:
         """See `StoredOptimizer`; the workspace decides on chunks."""
-        of_all = super().fixed()
-        return None if of_all is None else (of_all, self.workspace, self.compute_dtype)
+        return super().fixed(), self.workspace, self.compute_dtype
 
     def _ordered(self, given: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
         gradients = dict(given)

@@ -30,15 +30,14 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from nvfp8 import copies, hardware, rounding
+from nvfp8 import hardware, rounding
 from nvfp8.optim.shards import beside, local, local_gradient, local_scales, placed, scales_beside, which
-from nvfp8.optim.update import NUMBERS, Update
+from nvfp8.optim.update import Update
 from nvfp8.reference_optim import Copies
 from nvfp8.state import STATE_DTYPES, Codec, Master, Stored, codec, codec_of, master, read_weight, write_weight
 
 # What a key is for: a step's update, or from here on the conversion of each coded state and of the weight.
 _UPDATE, _CONVERSION = 0, 1
-_READABLE = (torch.float32, torch.bfloat16)  # gradients that kernels take as they are
 
 
 def _fitting(saved: Mapping[str, Tensor], what: str, place: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ class StoredOptimizer(torch.optim.Optimizer):
 
     def _key(self, parameter: Tensor, purpose: int = _UPDATE) -> int:
         seed, steps = self._group_of[parameter]["seed"], self._steps(parameter)
-        return int(rounding.keys([seed], [steps], [self._hashes[parameter]], [purpose]))
+        return int(rounding.keys([seed], [steps], torch.tensor([self._hashes[parameter]], device="cpu"), [purpose]))
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient that an update takes; a parameter without one is left as it is."""
@@ -221,24 +220,15 @@ class StoredOptimizer(torch.optim.Optimizer):
             step.finish()
         return len(given)
 
-    def fixed(self) -> object | None:
-        """What the launches of a step of all parameters go by, rates not among it (`nvfp8/optim/update.py`).
+    def fixed(self) -> object:
+        """What the launches of a step of all parameters go by, rates and FP8 copies not among it (`nvfp8/optim/update.py`).
 
-        None where a launch cannot be repeated: a parameter has no gradient, or one that is converted before it is read, or is a
-        DTensor, or its FP8 copies are half written.
+        Where a gradient or a state lies is told by its id: whoever compares later answers keeps the tensors.
         """
         self._check_formats()
-        addresses: list[int] = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                gradient = p.grad
-                if gradient is None or placed(p) or not gradient.is_contiguous() or gradient.dtype not in _READABLE:
-                    return None
-                addresses += (p.data_ptr(), gradient.data_ptr(), gradient.element_size())
-                addresses += (value.data_ptr() for what, value in self.state[p].items() if what != "step")
-        every = (p for group in self.param_groups for p in group["params"] if self._writes_copies(p))
-        held = copies.fixed(copies.writable(every, self._names))
-        return None if held is None else (addresses, [group.get("stochastic") for group in self.param_groups], held)
+        groups = [(len(group["params"]), group.get("stochastic")) for group in self.param_groups]
+        gradients = [(p.data_ptr(), id(g := p.grad), 0 if g is None else g.data_ptr()) for p in self.state]
+        return groups, gradients, [[*map(id, entries.values())] for entries in self.state.values()]
 
     def _writes_copies(self, parameter: Tensor) -> bool:
         """Whether an update can write a layer's FP8 copies of the parameter."""
@@ -247,26 +237,6 @@ class StoredOptimizer(torch.optim.Optimizer):
     def _ordered(self, given: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
         """Parameters with their gradients, in the order in which `_prepared` wants their numbers."""
         return given
-
-    def _numbers(self, parameters: Sequence[Tensor]) -> Tensor:
-        """What changes from step to step, (n, NUMBERS) fp32 on the CPU: bits of an int32 key for each of `purposes`, then rates.
-
-        The parameters' steps count this one.
-        """
-        numbers = torch.zeros(len(parameters), NUMBERS, dtype=torch.float32, device="cpu")
-        steps = [int(n) for n in torch.stack([self.state[p]["step"] for p in parameters]).tolist()]
-        groups = [self._group_of[p] for p in parameters]
-        keys = rounding.keys([group["seed"] for group in groups], steps, [self._hashes[p] for p in parameters], self.purposes)
-        numbers.view(torch.int32)[:, : len(self.purposes)] = keys
-        known: dict[Any, tuple[float, ...]] = {}  # parameters of one kind in one group have one set of rates
-        rates = []
-        for p, group, n in zip(parameters, groups, steps, strict=True):
-            kind = id(group), n, self._kind(p)
-            if kind not in known:
-                known[kind] = self._rates(p, group, n)
-            rates.append(known[kind])
-        numbers[:, len(self.purposes) : len(self.purposes) + len(rates[0])] = torch.tensor(rates, device="cpu")
-        return numbers
 
     def _kind(self, parameter: Tensor) -> object:
         """What of a parameter itself its rates depend on."""
@@ -281,7 +251,13 @@ class StoredOptimizer(torch.optim.Optimizer):
     ) -> Callable[[], None]:
         """What launches an update of parameters, each with its local gradient, and of the FP8 copies of some.
 
-        It may be called again as long as `fixed` says so. The table of `_numbers` is on every device, rows in the order of `given`.
+        It may be called again as long as `fixed` says so.
+
+        Args:
+            given: in the order of `_ordered`.
+            written: by parameter.
+            numbers: on each device a row for each parameter: (n, NUMBERS) fp32, whose bits are an int32 key for each of `purposes`;
+                then rates.
         """
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nvfp8 import reference
 from nvfp8.optim import AdamW, Muon
 from nvfp8.optim.stored import StoredOptimizer
-from nvfp8.optim.update import Replayed, fixed
+from nvfp8.optim.update import Replayed, repeatable
 
 kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
 
@@ -84,8 +84,7 @@ def test_replayed_steps_are_steps(formats: dict[str, Any], module: ModuleType, m
         versions = {name: p._version for name, p in other.parameters.items()}
         for optimizer in one.optimizers:
             optimizer.step()
-        assert replayed.fits()
-        replayed.step(again if step == 0 else not_now)
+        assert replayed.step(again if step == 0 else not_now)
         assert_equal(one, other)
         for name, p in other.parameters.items():
             assert p._version == one.parameters[name]._version > versions[name]
@@ -109,11 +108,10 @@ def test_state_that_is_loaded_goes_on_in_the_same_launches(formats: dict[str, An
             p.copy_(one.parameters[name])
     for mine, theirs in zip(other.optimizers, one.optimizers, strict=True):
         mine.load_state_dict(theirs.state_dict())
-    assert replayed.fits()
     one.set(7), other.set(7)
     for optimizer in one.optimizers:
         optimizer.step()
-    replayed.step(not_now)
+    assert replayed.step(not_now)
     assert_equal(one, other)
 
 
@@ -179,17 +177,11 @@ def test_what_moves_is_seen(change: Callable[[Model], None]) -> None:
     model = Model(torch.bfloat16, "bf16", "fp32")
     replayed = Replayed(model.optimizers)
     model.set(0)
-    replayed.step(again)
-    assert replayed.fits()
+    assert replayed.step(again) and replayed.step(not_now)
     if change is gradient_of_another_type:
         model.parameters["c"].grad_dtype = None  # any
     change(model)
-    assert not replayed.fits()
-    assert (fixed(model.optimizers) is None) == (change in IMPOSSIBLE)
-
-
-def test_rates_are_no_reason_to_launch_anything_else() -> None:
-    model = Model(torch.float32, "fp32", "fp32")
-    before = fixed(model.optimizers)
-    model.set(3)
-    assert fixed(model.optimizers) == before is not None
+    before = {name: x.clone() for name, x in model.everything().items()}
+    assert not replayed.step(not_now)
+    assert all(torch.equal(x, before[name]) for name, x in model.everything().items()), "a step that is refused does nothing"
+    assert repeatable(model.optimizers) == (change not in IMPOSSIBLE)

@@ -256,6 +256,6 @@ def test_an_update_far_below_bf16s_spacing_survives(remainder: torch.dtype | Non
 
 def test_keys_of_many_tensors_are_the_keys_of_each() -> None:
     seeds, steps, names, purposes = [0, 7, 7, -3], [1, 2, 900_000, 2], [0xFFFFFFFF, 5, 0, 2**31], [0, 4, 1]
-    every = keys(seeds, steps, [spread(name) for name in names], purposes)
+    every = keys(seeds, steps, torch.tensor([spread(name) for name in names]), purposes)
     each = zip(seeds, steps, names, strict=True)
     assert every.tolist() == [[key(seed, step, name, purpose) for purpose in purposes] for seed, step, name in each]
