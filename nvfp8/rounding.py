@@ -56,7 +56,7 @@ def keys(seeds: Sequence[int], steps: Sequence[int], tensors: Tensor, purposes: 
         tensors: (n,) int64 on the CPU, each already `spread`.
         purposes: as for `key`.
     """
-    # A step asks for one or two keys of every tensor: in Python, hash by hash, that took longer than the launches of a small model.
+    # A step asks for one or two keys of every tensor: one by one, that is thousands of operations of Python.
     begun = [_begun(seed, step) for seed, step in zip(seeds, steps, strict=True)]
     of_tensors = mix(torch.tensor(begun, device="cpu") ^ tensors)
     return mix(of_tensors[:, None] ^ torch.tensor([spread(purpose) for purpose in purposes], device="cpu")) & 0x7FFFFFFF
@@ -221,8 +221,8 @@ def split(value: Tensor, remainder: torch.dtype | None, bits: Tensor | None) -> 
 def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
     """The fp32 value that `split` stored.
 
-    It leaves nothing negative beside 0, which would be taken from the exponent and make NaN. Where a user set a weight to 0, what is
-    left beside it counts as 0 then.
+    It leaves nothing negative beside 0, which would be taken from the exponent and make NaN. Where a user set a weight to 0, what
+    is left beside it counts as 0 then.
     """
     if remainder is None:
         return weight.float()

@@ -79,7 +79,7 @@ class StoredOptimizer(torch.optim.Optimizer):
     def _index(self) -> None:
         self._names: dict[Tensor, str] = {}
         self._group_of: dict[Tensor, dict[str, Any]] = {}
-        self._hashes: dict[Tensor, int] = {}  # of names, as keys of rounding take them
+        self._hashes: dict[Tensor, int] = {}  # of names, for keys of rounding
         self._formats: list[dict[str, Any]] = []  # of each group, as its state was made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         names = group.get("param_names") or [f"{place}.{i}" for i in range(len(group["params"]))]
         self._names |= dict(zip(group["params"], names, strict=True))
         self._group_of |= dict.fromkeys(group["params"], group)
-        self._hashes |= {p: rounding.spread(crc32((self._names[p] + which(p)).encode())) for p in group["params"]}
+        self._hashes |= {p: crc32((self._names[p] + which(p)).encode()) for p in group["params"]}
         self._formats.append({key: group[key] for key in self._format_options()})
 
     def _format_options(self) -> list[str]:
@@ -173,8 +173,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         return int(self.state[parameter]["step"])
 
     def _key(self, parameter: Tensor, purpose: int = _UPDATE) -> int:
-        seed, steps = self._group_of[parameter]["seed"], self._steps(parameter)
-        return int(rounding.keys([seed], [steps], torch.tensor([self._hashes[parameter]], device="cpu"), [purpose]))
+        return rounding.key(self._group_of[parameter]["seed"], self._steps(parameter), self._hashes[parameter], purpose)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient that an update takes; a parameter without one is left as it is."""

@@ -50,7 +50,7 @@ class Update:
         self.optimizer, self._parameters = optimizer, [p for p, _ in given]
         self._entries = [optimizer.state[p] for p in self._parameters]
         self._groups = [optimizer._group_of[p] for p in self._parameters]
-        self._hashes = torch.tensor([optimizer._hashes[p] for p in self._parameters], device="cpu")
+        self._hashes = torch.tensor([rounding.spread(optimizer._hashes[p]) for p in self._parameters], device="cpu")
         # Parameters of one kind in one group have one set of rates: of each set the first, and which set is whose.
         sets: dict[Any, int] = {}
         self._sets = [
