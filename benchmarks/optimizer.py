@@ -11,8 +11,11 @@
 it, state and gradient. AdamW is one pass over memory: `adamw_gpu_ms` is its time on the GPU alone, `adamw_GB` what it must read and
 write, and `adamw_of_copy` the share of the copy rate measured beside it.
 
+`step_ms`, `step_host_ms` and `step_gpu_ms` are of both in one CUDA graph, as a run on one GPU makes its steps
+(`nanochat/updates.py`): gradients where they were, FP8 copies of weights written where layers have them.
+
 With FP8 layers, whose copies of weights optimizers write, `<kind>_gpu_ms_with_copies` and `…_without_copies` are what they take on
-the GPU, and `cast_gpu_ms` what the layers take instead to cast all weights. All figures above are without copies.
+the GPU, and `cast_gpu_ms` what the layers take instead to cast all weights. The first figures are without copies.
 """
 
 import argparse
@@ -32,8 +35,10 @@ from nanochat.adamw import AdamW
 from nanochat.build import build_model, build_optimizers, choose_precision
 from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optimizer import NamedOptimizer
+from nanochat.micro_batches import MicroBatches, refusal
+from nanochat.optimizer import NamedOptimizer, StoredByName
 from nanochat.param_groups import groups, ownership
+from nvfp8.optim.update import Replayed
 from nvfp8.quantize import Projection
 from nvfp8.scaling import Scaling
 from scripts.engine_flags import add_engine_flags, engine_options
@@ -99,6 +104,34 @@ def beside_copies(
     return {**result, "cast_gpu_ms": round(milliseconds, 3)}
 
 
+def in_a_graph(model: GPT, optimizers: Sequence[StoredByName], steps: int) -> dict[str, float]:
+    """Milliseconds of all optimizers' steps, replayed: in all, until the call returns, and on the GPU alone."""
+    replayed, capture = Replayed(optimizers), MicroBatches(model, None).capture
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+
+    def renew() -> None:
+        for gradient in gradients:
+            gradient.normal_()
+
+    def step() -> None:
+        if not replayed.step(capture):
+            raise RuntimeError("the step's launches are not what they were")
+
+    times = []
+    for _ in range(WARM + steps):
+        renew()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        host = time.perf_counter()
+        torch.cuda.synchronize()
+        times.append((1e3 * (time.perf_counter() - start), 1e3 * (host - start)))
+    whole, of_host = (statistics.median(values) for values in zip(*times[WARM:], strict=True))
+    return {
+        "step_ms": round(whole, 2), "step_host_ms": round(of_host, 2), "step_gpu_ms": round(gpu_milliseconds(step, steps, renew), 2)
+    }  # fmt: skip
+
+
 def main() -> None:
     """Parse flags, run, print."""
     args = arguments()
@@ -155,6 +188,8 @@ def main() -> None:
     result |= {"adamw_gpu_ms": round(milliseconds, 3), "adamw_GB": round(moved / 1e9, 3), "copy_GB_s": round(copy / 1e9)}
     result["adamw_of_copy"] = round(moved / (1e-3 * milliseconds) / copy, 3)
     result |= beside_copies(model, (muon, adamw), args.steps, backward, renew)
+    if refusal(model) is None:
+        result |= in_a_graph(model, (adamw, muon), args.steps)
     print(json.dumps({**result, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
 
 

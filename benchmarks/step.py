@@ -34,11 +34,12 @@ from nanochat.optimizer import StoredByName
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
 from nanochat.te_adam import CHOICES, check
+from nanochat.updates import Updates
 from nvfp8.optim import UpdateEarly
 from scripts.engine_flags import add_engine_flags, engine_options
 from scripts.state_flags import add_state_flags, state_formats
 
-# Steps after the first two until micro-batches are captured: one in which nothing has changed on the host, and that of the capture.
+# Steps after the first two until a step is captured: one in which nothing has changed on the host, and that of the capture.
 SETTLING = 2
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("te", "fp8", "bf16", "fp32"), default="bf16")
     parser.add_argument("--adamw", choices=CHOICES, default="own")
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every micro-batch kernel by kernel")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch all kernels one by one")
     parser.add_argument("--update-early", action="store_true", help="with --accumulation 1: updates in the middle of backward")
     add_state_flags(parser)
     add_engine_flags(parser)
@@ -87,6 +88,7 @@ def main() -> None:
     own = [optimizer for optimizer in optimizers if isinstance(optimizer, StoredByName)]
     early = UpdateEarly(own) if args.update_early else None
     micro_batches = MicroBatches(model, "--no-cuda-graphs" if args.no_cuda_graphs else refusal(model, 1, args.update_early))
+    updates = Updates(optimizers, micro_batches)
 
     def step() -> None:
         if early is not None:
@@ -103,8 +105,7 @@ def main() -> None:
         torch.cuda.synchronize()
         model.scaling.update()
         start = time.perf_counter()
-        for optimizer in optimizers:
-            optimizer.step()
+        updates.step()
         torch.cuda.synchronize()
         optimizer_ms.append(1e3 * (time.perf_counter() - start))
         model.zero_grad(set_to_none=True)
@@ -126,7 +127,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     setup = Setup(
         config, precision, args.batch, args.accumulation, formats, model.attention_backend, args.deterministic, args.update_early,
-        micro_batches.capturing, capability=torch.cuda.get_device_capability(),
+        micro_batches.capturing, args.adamw == "own", capability=torch.cuda.get_device_capability(),
     )  # fmt: skip
     predicted = predict(setup, Counted(setup, args.adamw)).total / 2**30
     held = sum(value.nbytes for optimizer in optimizers for value in optimizer.named_state().values())
@@ -137,13 +138,13 @@ def main() -> None:
                 "depth": args.depth, "batch": args.batch, "accumulation": args.accumulation, "window": args.window_pattern,
                 "precision": args.precision, "engine": asdict(options) if options else None,
                 "adamw": args.adamw, "deterministic": args.deterministic, "attention": model.attention_backend,
-                "micro_batches": micro_batches.how,
+                "micro_batches": micro_batches.how, "optimizers": updates.how,
                 "tok_s": round(rate), "peak_GiB": round(gauges.peak_gib(device, micro_batches.hidden), 2),
                 "predicted_GiB": round(predicted, 2), "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
                 "outside_GiB": round(_outside(), 2),
                 "state": formats.describe(precision, args.adamw), "state_GiB": round(held / 2**30, 3),
                 "update_early": args.update_early,
-                "optimizer_ms": round(statistics.median(optimizer_ms[2:]), 1) if early is None else None,
+                "optimizer_ms": round(statistics.median(optimizer_ms[-args.steps :]), 1) if early is None else None,
                 "warm_s": round(warm, 1), "ahead_s": round(ahead, 1),
                 "loss": round(losses[-1].item(), 4), "losses": [round(loss.item(), 3) for loss in losses],
                 "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

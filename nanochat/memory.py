@@ -15,7 +15,8 @@ The moments looked at, of which the largest is the peak:
     backward of the last MLP     the block that backward reaches first: nothing but the head's part is released yet
     backward of the last attention
     backward of the first block  all gradients exist, one block's activations: counts where a step is one micro-batch
-    the optimizer's step         Muon's workspace; no activations
+    the optimizer's step         Muon's workspace; no activations. In CUDA graphs it lies in the memory that those had, which
+                                 nobody else could use: optimizers that are not captured work beside it
 
 What is predicted is `torch.cuda.max_memory_allocated()`. A process takes more: the CUDA context and loaded kernels, and what the
 allocator reserves and cannot use (`nanochat/planner.py` adds both before it says what fits).
@@ -44,8 +45,9 @@ from nvfp8.polar_express import fastest_products, room
 from nvfp8.precision import Precision, TEPrecision
 
 GIB = 2**30
-# torch's cuBLAS workspace, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8 of
-# 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CublasHandlePool.cpp). One stream, one handle.
+# A cuBLAS workspace of torch's, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8
+# of 16 KiB (`CUBLAS_WORKSPACE_CONFIG`, aten/src/ATen/cuda/CublasHandlePool.cpp). Each handle has one for each stream, and each
+# thread a handle: that of forward and that of autograd. Graphs are captured on a stream of their own.
 _CUBLAS = {True: 32 * 2**20, False: 2 * 2**22 + 8 * 2**14}
 # Transformer Engine's own (`cpp_extensions/gemm.py`, get_cublas_workspace_size_bytes).
 _TE_CUBLAS = {True: 32 * 2**20 + 1024, False: 2**22}
@@ -65,6 +67,7 @@ class Setup:
         deterministic: `--deterministic`.
         update_early: `--update-early`.
         graphs: whether micro-batches are captured: then their memory is nobody else's.
+        captured_updates: whether the optimizers' step is, wherever micro-batches are.
         ranks: processes, among which optimizer state is divided.
         capability: of the GPU, for the size of workspaces and the way of Muon's products.
     """
@@ -78,6 +81,7 @@ class Setup:
     deterministic: bool = False
     update_early: bool = False
     graphs: bool = False
+    captured_updates: bool = True
     ranks: int = 1
     capability: tuple[int, int] = (9, 0)
 
@@ -146,7 +150,7 @@ class Counted:
             **self._by_group("weights", lambda name, p: p.nbytes),
             "FP8 copies of weights, both layouts": self._fp8_copies(),
             **self.states,
-            "cuBLAS's workspace": _CUBLAS[hopper] + (_TE_CUBLAS[hopper] if te else 0),
+            "cuBLAS's workspaces": 2 * _CUBLAS[hopper] + (_TE_CUBLAS[hopper] if te else 0),
         }
 
     def gradients(self) -> Bytes:
@@ -254,8 +258,10 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     worst = max(last.mlp_backward, key=lambda working: sum(working.values()))
     moments["backward of the last MLP"] = _sum(ends, *halves, summed, worst)
     moments["backward of the first block"] = _sum(ends, blocks[0].attention, blocks[0].mlp, late, again, worst)
-    if setup.graphs:  # the optimizers work beside all that a micro-batch's worst moment takes, not in its place
+    if setup.graphs and not setup.captured_updates:  # then beside all that a micro-batch's worst moment takes, not in its place
         moments["the optimizer's step"] = _sum(max(moments.values(), key=lambda of: sum(of.values())), counted.workspace())
+    if setup.graphs:
+        lasting["cuBLAS's workspaces"] += 2 * _CUBLAS[setup.capability >= (9, 0)]
     lasting["token ids and their order"] = 6 * 8 * batch.tokens  # two batches of inputs and targets, and the sorted positions
     return Prediction(lasting, moments)
 
@@ -302,7 +308,7 @@ def setup_of(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> 
     return Setup(
         model.config, model.precision, config.device_batch_size, accumulation, config.formats, model.attention_backend,
         config.deterministic, config.update_early, not config.no_cuda_graphs and refusal(model, ranks, config.update_early) is None,
-        ranks, capability,
+        config.adamw == "own", ranks, capability,
     )  # fmt: skip
 
 

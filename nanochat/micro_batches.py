@@ -11,14 +11,16 @@ memory, do for every micro-batch.
 * What the host decides by must stay: scales come from a history once there is one (`Scaling.seen`), FP8 copies of weights lie where
   optimizers write them. `ScalingState.fixed` says all of it; graphs are captured once two steps in a row began with the same, and
   another answer drops them. So the first steps run as ever, and compile what has to be compiled.
-* The pool is the graphs' alone. Activations lie in it that the optimizers' step could otherwise use for its workspace, and the
-  allocator counts them as free: `hidden` is what has to be added to what it says.
+* The pool is the graphs' alone. Activations lie in it that nobody else can use the memory of, and the allocator counts them as
+  free: `hidden` is what has to be added to what it says. What follows the micro-batches in a step may be captured into the same
+  pool (`capture`): activations are dead by then, so Muon's workspace lies where they did.
 
 Not captured are several processes (FP8 copies of what others own are cast anew each step, elsewhere), updates in the middle of
 backward, and Transformer Engine, whose modules decide on the host.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def refusal(model: GPT, ranks: int = 1, update_early: bool = False) -> str | Non
 
 
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     loss: Tensor
 
 
@@ -58,6 +60,8 @@ class MicroBatches:
     Attributes:
         capturing: whether graphs are captured, as soon as that is possible.
         how: "CUDA graphs", or why not, to print.
+        replaying: whether the step that has begun is made of graphs.
+        behind: what whoever captures what follows keeps here, to be dropped with the micro-batches' graphs: None at first.
         hidden: bytes in the graphs' pool that the allocator counts as free, and nobody else can have.
     """
 
@@ -68,10 +72,14 @@ class MicroBatches:
         self.model, self.capturing = model, singly is None
         self.how = f"launched kernel by kernel: {singly}" if singly else "CUDA graphs"
         self._fixed: object = None
+        self.replaying = False
+        self._stream: torch.cuda.Stream | None = None
         self._drop()
 
     def _drop(self) -> None:
         self._captured: list[_Captured] = []
+        self._pool: Any = None  # torch's id of it
+        self.behind: Any = None
         self._gradients: list[Tensor | None] = []
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._scale, self.hidden = 0.0, 0
@@ -79,9 +87,9 @@ class MicroBatches:
     def begin(self) -> None:
         """Before a step's first micro-batch, when no parameter has a gradient."""
         fixed = self.model.scaling.fixed() if self.capturing else None
-        self._replaying = fixed is not None and fixed == self._fixed
+        self.replaying = fixed is not None and fixed == self._fixed
         self._fixed, self._index = fixed, 0
-        if not self._replaying:
+        if not self.replaying:
             self._drop()
 
     def run(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -96,7 +104,7 @@ class MicroBatches:
             The loss times `scale`, 0-D fp32; the next call may overwrite it.
         """
         which, self._index = min(self._index, 1), self._index + 1
-        if not self._replaying:
+        if not self.replaying:
             return self._forward_and_backward(inputs, targets, scale)
         if self._inputs is None:
             self._inputs, self._scale = (inputs.clone(), targets.clone()), scale
@@ -105,12 +113,12 @@ class MicroBatches:
         for mine, given in zip(self._inputs, (inputs, targets), strict=True):
             mine.copy_(given)
         if which == len(self._captured):
-            self._capture()
+            self._capture(self._inputs)
         if which == 0:
             for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
                 parameter.grad = gradient
-        graph, loss = self._captured[which]
-        graph.replay()
+        replay, loss = self._captured[which]
+        replay()
         return loss
 
     def _forward_and_backward(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -128,16 +136,32 @@ class MicroBatches:
             parameter.grad = gradient
         return loss.detach()
 
-    def _capture(self) -> None:
-        """Capture the first micro-batch of a step, or, once that is, a further one. Nothing is computed."""
-        assert self._inputs is not None
-        pool = self._captured[0].graph.pool() if self._captured else None
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which bring the next batch, may go on allocating pinned memory.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            loss = self._forward_and_backward(*self._inputs, self._scale)
-        self._captured.append(_Captured(graph, loss))
+    def _capture(self, inputs: tuple[Tensor, Tensor]) -> None:
+        """Capture the first micro-batch of a step, or, once that is, a further one."""
+        losses = list[Tensor]()
+        replay = self.capture(lambda: losses.append(self._forward_and_backward(*inputs, self._scale)))
+        self._captured.append(_Captured(replay, losses[0]))
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Capture what a function launches into the graphs' pool, in which what it leaves there is overwritten by the next replay.
+
+        Nothing is computed.
+
+        Args:
+            launch: launches what comes next in a step, the same and in this order every time.
+
+        Returns:
+            What replays it.
+        """
+        graph = torch.cuda.CUDAGraph()
+        if self._stream is None:  # one for all, or memory would not be shared; with priority over what a graph has beside it
+            self._stream = torch.cuda.Stream(priority=-1)
+        # Other threads, which bring the next batch, may go on allocating pinned memory.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            launch()
+        self._pool = graph.pool()
         peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         self.hidden = max(self.hidden, peak - now)
         torch.cuda.reset_peak_memory_stats()
+        return graph.replay

@@ -58,8 +58,8 @@ FAMILIES = (
     ("GEMMs", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|aten::\w*mm$", re.IGNORECASE)),
     ("Transformer Engine", re.compile(r"transformer_engine")),
     ("embedding gradients", re.compile(r"embedding|cub::|krn_partial|partial_segments|compute_grad_weight|sum_and_scatter")),
-    ("casts and copies", re.compile(r"copy|memcpy|memset|FillFunctor|(?<!broad)cast|transpose|quantize|amax", re.IGNORECASE)),
-    ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add")),
+    ("casts and copies", re.compile(r"copy|mem(cpy|set)|FillFunctor|(?<!broad)(?<!no)cast|transpose|quantize|amax", re.IGNORECASE)),
+    ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add|BinaryOpListAlphaFunctor")),
 )
 _LIMITED_BY_FLOPS = ("GEMMs", "attention")
 

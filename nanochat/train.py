@@ -41,6 +41,7 @@ from nanochat.signals import StopRequest
 from nanochat.te_adam import check as check_adamw
 from nanochat.tokenizer import Tokenizer
 from nanochat.train_config import TrainConfig
+from nanochat.updates import Updates
 from nvfp8.optim import UpdateEarly
 
 WARMUP_STEPS = 3  # of this process: kernels are compiled, memory is taken; they say nothing about its speed
@@ -136,6 +137,7 @@ class Run:
         self.early = UpdateEarly(own) if config.update_early else None
         singly = "--no-cuda-graphs" if config.no_cuda_graphs else refusal(model, self.world.size, config.update_early)
         self.micro_batches = MicroBatches(model, singly)
+        self.updates = Updates(self.optimizers, self.micro_batches)
 
     @property
     def _resuming(self) -> bool:
@@ -198,7 +200,7 @@ class Run:
         """What every part of the model really runs in."""
         precision, stored = self.model.precision, self.config.formats
         layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
-        layers["micro-batches"] = self.micro_batches.how
+        layers |= {"micro-batches": self.micro_batches.how, "optimizers": self.updates.how}
         return {**layers, **stored.describe(precision, self.config.adamw)}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
@@ -286,8 +288,7 @@ class Run:
         elif cast := self.model.scaling.update():  # a cast saturates: what was not finite may leave finite gradients behind
             bad = f"{cast[0]}, cast to FP8,"
         elif self.early is None:
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.updates.step()
             parallel.broadcast_parameters(self.parameters, self.owner)
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":

@@ -4,7 +4,7 @@ A layer's GEMMs read W and Wᵀ in FP8. Cast by the layer they cost two passes o
 cast. The optimizer's kernel knows both sooner, but for the scale, which is the history's (`scaling.py`). So:
 
 * a layer that casts its weights keeps the copies as `Held`, by which a parameter leads to them;
-* an optimizer asks for the copies of what it updates (`begin`), writes them, and says so (`finish`);
+* an optimizer asks for the copies of what it updates (`writable`), begins (`begin`), writes them, and says so (`finish`);
 * the layer finds copies of the very versions that its parameters have (`are_of`), or casts again.
 
 Several parameters may be stacked in one pair of copies, and be updated at different times, or not all of them. Whoever is the
@@ -14,13 +14,13 @@ graph has saved of the copies is then of another version, and its backward an er
 No layer is known here: a parameter without copies, or of a layer that wants another scale, is just updated.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from nvfp8.reference_optim import Copies
 from nvfp8.scaling import Scaling, Site, owner
@@ -41,7 +41,10 @@ class Held:
         scale: 0-D fp32 they were multiplied by, theirs alone.
         inverse: 0-D fp32, 1 / scale.
         site: where they are cast.
+        serial: no other's.
     """
+
+    _serials = itertools.count()
 
     def __init__(
         self, parameters: Sequence[Tensor], site: Site, q: Tensor | None, t: Tensor | None, scale: Tensor, inverse: Tensor
@@ -51,21 +54,35 @@ class Held:
         # Of which version of each parameter its part is a copy: None from the beginning of a round until it is written.
         self._of: list[_Version | None] = [_version(p) for p in parameters]
         self._places = {id(p): place for place, p in enumerate(parameters)}
+        self.serial = next(self._serials)
         if site.kind == "copies" and q is not None and t is not None:
             sizes = [len(p) for p in parameters]
             self._parts = list(zip(q.split(sizes), t.split(sizes, 1), strict=True))
+            self._parameters = [weakref.ref(p) for p in parameters]
             for p in parameters:
-                _HELD[p] = weakref.ref(self)
+                _HELD[id(p)] = self
 
     def are_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are copies of `parameters` as they are now."""
         return self._of == [_version(p) for p in parameters]
 
-    def writable(self, parameter: Tensor, updated: AbstractSet[int]) -> bool:
-        """Whether an optimizer that updates those of the ids `updated` may write the copies of `parameter`."""
+    @property
+    def within(self) -> bool:
+        """Whether a round has begun, and not every parameter's part is written."""
+        return None in self._of
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether copies of `parameter` are here, not of another that had its id before."""
+        return self._parameters[self._places[id(parameter)]]() is parameter
+
+    def writable(self, updated: AbstractSet[int]) -> bool:
+        """Whether an optimizer that updates those of the ids `updated` may write these copies."""
+        if not self.site.ready or not self._places.keys() <= updated:
+            return False
+        parameters = [p for reference in self._parameters if (p := reference()) is not None]
+        shaped = [p.shape for p in parameters] == [q.shape for q, _ in self._parts]
         # Emulation is for a GPU that cannot cast, too.
-        possible = self.site.ready and not (self.site.emulated and parameter.is_cuda)
-        return possible and self._places.keys() <= updated and parameter.shape == self._parts[self._places[id(parameter)]][0].shape
+        return shaped and not (self.site.emulated and parameters[0].is_cuda)
 
     def begin(self, parameter: Tensor) -> bool:
         """Expect `parameter` to be written; whether that begins a round."""
@@ -88,24 +105,30 @@ class Held:
         return owner(self.site)
 
 
-_HELD: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # weak references to Held, by parameter
+_HELD: "weakref.WeakValueDictionary[int, Held]" = weakref.WeakValueDictionary()  # by a parameter's id
+Found = list[tuple[Tensor, Held]]  # parameters, and where their copies are
 
 
-def _held(parameter: Tensor) -> Held | None:
-    reference = _HELD.get(parameter)
-    return None if reference is None else reference()
-
-
-def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tensor, Copies]:
-    """Where an update has to write copies, by parameter; those that are not in it have none, or are cast by their layer.
+def writable(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> Found:
+    """The copies that an update may write; parameters that are not in it have none, or their layer casts them.
 
     Args:
         parameters: what is to be updated now.
         updated: all that this optimizer updates. Copies that it could write a part of alone are left to their layer.
     """
     ids = {id(p) for p in updated}
-    found = {p: held for p in parameters if (held := _held(p)) is not None and held.writable(p, ids)}
-    rounds = [held for p, held in found.items() if held.begin(p)]
+    held = [(p, held) for p in parameters if (held := _HELD.get(id(p))) is not None and held.holds(p)]
+    possible = {each.serial for each in {h.serial: h for _, h in held}.values() if each.writable(ids)}
+    return [(p, each) for p, each in held if each.serial in possible]
+
+
+def begin(found: Found) -> list[Held]:
+    """Expect all of `found` to be written, and return what that begins a round of: its scales are to be renewed (`renew`)."""
+    return [held for p, held in found if held.begin(p)]
+
+
+def renew(rounds: Sequence[Held]) -> None:
+    """Give copies the scale that their history says, and forget the amax of the copies before. Launches, and decides nothing."""
     for scaling in {id(held.scaling): held.scaling for held in rounds}.values():
         own = [held for held in rounds if held.scaling is scaling]
         scales = scaling.scales_of_copies()
@@ -113,13 +136,18 @@ def begin(parameters: Iterable[Tensor], updated: Iterable[Tensor]) -> dict[Tenso
         to = [*(held.scale for held in own), *(held.inverse for held in own)]
         torch._foreach_copy_(to, [each[held.site.index] for each in new for held in own])
         torch._foreach_zero_([held.site.amax for held in own])
-    return {p: held.part(p) for p, held in found.items()}
 
 
-def finish(written: Iterable[Tensor]) -> None:
-    """After parameters that `begin` returned, and their copies, were written, and the parameters' versions raised."""
-    held = {p: held for p in written if (held := _held(p)) is not None}
-    changed = {id(each): each for each in held.values()}.values()
-    torch.autograd.graph.increment_version([x for each in changed for x in (each.q, each.t) if x is not None])
-    for p, each in held.items():
-        each.finish(p)
+def finish(found: Found) -> None:
+    """After parameters and the copies of them that `writable` found were written, and the parameters' versions raised."""
+    changed = {held.serial: held for _, held in found}.values()
+    torch.autograd.graph.increment_version([x for held in changed for x in (held.q, held.t) if x is not None])
+    for p, held in found:
+        held.finish(p)
+
+
+def fixed(found: Found) -> object:
+    """What launches that renew and write copies go by: as long as it is the same, so are the launches."""
+    scalings = {id(held.scaling): held.scaling for _, held in found}.values()
+    places = [0 if x is None else x.data_ptr() for scaling in scalings for x in (scaling.amax, scaling.scale)]
+    return [held.serial for _, held in found], places

@@ -32,6 +32,8 @@ from nvfp8.reference_math import heads_gradient, heads_values, lambda_gradient, 
 from nvfp8.reference_optim import AdamWTensor as AdamWTensor
 from nvfp8.reference_optim import Copies as Copies
 from nvfp8.reference_optim import adamw_ as adamw_
+from nvfp8.reference_optim import adamw_prepared as adamw_prepared
+from nvfp8.reference_optim import addressed as addressed
 from nvfp8.reference_optim import equilibrating_scale as equilibrating_scale
 from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_

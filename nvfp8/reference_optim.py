@@ -7,7 +7,7 @@ the way a stack is cut into chunks changes a bit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +51,9 @@ class AdamWTensor(NamedTuple):
         exp_avg: the first moment m, of the parameter's shape; the codec is known by the dtype.
         exp_avg_sq: the second moment v; in FP8 its square root.
         rest: what is kept beside the parameter, as `nvfp8.state.Master` says, or None.
-        factors: 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ), eps, 1 − lr·wd: differences from 1 come exact to fp32.
-        key: 31 bits; with an element's place it decides how m, v and the parameter are rounded.
+        numbers: (8,) fp32, where the parameter is: what changes from step to step. The bits of an int32 key (31 bits; with an
+            element's place it decides how m, v and the parameter are rounded), 1 − β₁, 1 − β₂, lr / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ),
+            eps, 1 − lr·wd, and the root of 1 / (1 − β₂ᵗ). Differences from 1 come exact to fp32.
         stochastic: whether bf16 is, too, or to nearest, as a parameter beside an fp32 master always is.
         copies: where the parameter, a matrix with 128 dividing its rows, is written in FP8 too, or None.
     """
@@ -62,8 +63,7 @@ class AdamWTensor(NamedTuple):
     exp_avg: Stored
     exp_avg_sq: Stored
     rest: Tensor | None
-    factors: tuple[float, float, float, float, float, float]
-    key: int
+    numbers: Tensor
     stochastic: bool
     copies: Copies | None = None
 
@@ -79,7 +79,7 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         plans: where kernels keep what they have worked out of sizes, for the same tensors' next step; the twin needs nothing.
     """
     for t in tensors:
-        take1, take2, step_size, unbias2, eps, keep = t.factors
+        _, take1, take2, step_size, unbias2, eps, keep, root_unbias2 = t.numbers.tolist()
         first, second = codec_of(t.exp_avg.data.dtype), codec_of(t.exp_avg_sq.data.dtype, second_moment=True)
         g = t.gradient.reshape(t.parameter.shape).float()
         m, least = first.decode(t.exp_avg), first.smallest(t.exp_avg)
@@ -89,15 +89,25 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
         value = read_weight(t.parameter, t.rest)
         if second.root:  # the root is at hand
             root = square_root(v) if least is None else torch.maximum(square_root(v), least)
-            root = root * math.sqrt(unbias2)
+            root = root * root_unbias2
         else:
             root = square_root((v if least is None else torch.maximum(v, least * least)) * unbias2)
         value = value * keep - step_size * (m / (root + eps))
-        for_first, for_weight, for_second = three(draw(value, t.key))
+        for_first, for_weight, for_second = three(draw(value, int(t.numbers.view(torch.int32)[0])))
         for codec, stored, moment, bits in ((first, t.exp_avg, m, for_first), (second, t.exp_avg_sq, v, for_second)):
             codec.encode_(stored, moment, bits if t.stochastic or codec.blocked else None)
         write_weight(t.parameter, t.rest, value, for_weight if t.stochastic else None)
         _write_copies(t.parameter, t.copies)
+
+
+def adamw_prepared(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> Callable[[], None]:
+    """`adamw_` to be called any number of times, with what is in the same tensors then; kernels get all but launches done here."""
+    return lambda: adamw_(tensors, plans)
+
+
+def addressed(tensors: Sequence[Tensor], copies: Sequence[Copies | None] | None = None) -> Sequence[Tensor]:
+    """Matrices, with their FP8 copies, that Muon's passes will be given again and again: of kernels, with a table of addresses."""
+    return tensors
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -105,8 +115,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def muon_nesterov_(
-    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float, mu: float,
-    keys: Sequence[int] | None = None,
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float | Tensor, mu: float | Tensor,
+    keys: Sequence[int] | Tensor | None = None,
 ) -> None:  # fmt: skip
     """Momentum of n matrices of one shape, and their Nesterov gradient: m ← m + take·(g − m), x = g + mu·(m − g).
 
@@ -117,9 +127,9 @@ def muon_nesterov_(
         momentum: (n, r, c), in the dtype it is stored in; updated.
         scales: (n, ⌈rc / 128⌉) fp32 where the momentum is FP8, else None; updated.
         x: (n, r, c); written.
-        take: 1 − mu, exact.
+        take: 1 − mu, exact to fp32. It and mu are numbers, or 0-D fp32 on x's device, where a launch that is repeated finds others.
         mu: μ.
-        keys: n of 31 bits, for FP8 and bf16.
+        keys: n of 31 bits, for FP8 and bf16; or (n,) int32 on x's device.
     """
     drawn = momentum.dtype in (torch.bfloat16, *FORMATS)
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
@@ -128,7 +138,7 @@ def muon_nesterov_(
         m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
         m = m + take * (g - m)
         if drawn and keys is not None:
-            codec_of(stored.dtype).encode_(Stored(stored, None if scales is None else scales[i]), m.float(), draw(m, keys[i]))
+            codec_of(stored.dtype).encode_(Stored(stored, None if scales is None else scales[i]), m.float(), draw(m, int(keys[i])))
         else:
             stored.copy_(m)
         out.copy_(g + mu * (m - g))
@@ -167,7 +177,7 @@ def scale_rows_(x: Tensor, scale: Tensor | None, factor: float, out: Tensor) -> 
     return out.copy_(value if scale is None else value * scale)
 
 
-def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+def normuon_scale(x: Tensor, second_moment: Tensor, take: float | Tensor) -> Tensor:
     """What x is to be multiplied by: each row or column over the root of an average mean square, the norm √min(r, c).
 
     NorMuon (arXiv 2510.05491) keeps the norm, which before is set to √min(r, c) (arXiv 2602.21545). Both need no more of x than
@@ -176,7 +186,7 @@ def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
     Args:
         x: (n, r, c), as Polar Express left it.
         second_moment: (n, r, 1) or (n, 1, c) fp32, an EMA of mean squares; updated.
-        beta2: of the EMA.
+        take: 1 − β₂ of the EMA, exact to fp32; a number, or 0-D fp32 on x's device.
 
     Returns:
         fp32, of second_moment's shape.
@@ -185,7 +195,7 @@ def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
     square = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).square()
     to_norm = math.sqrt(min(x.shape[-2:])) / square.sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-6)
     square = square * to_norm.square()
-    second_moment.lerp_(square / x.size(axis), 1 - beta2)
+    second_moment.lerp_(square / x.size(axis), take)
     root = second_moment.clamp_min(1e-10).rsqrt()
     before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
     after = (square * root.square()).sum(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-10)
@@ -194,8 +204,8 @@ def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
 
 
 def muon_descend_(
-    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
-    keys: Sequence[int] | None = None, copies: Sequence[Copies | None] | None = None,
+    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float | Tensor, lr_wd: float | Tensor,
+    keys: Sequence[int] | Tensor | None = None, copies: Sequence[Copies | None] | None = None,
 ) -> None:  # fmt: skip
     """One step of n matrices along u = x·scale, decayed where u pulls the same way: w ← w − lr·u − lr_wd·w [u·w ≥ 0].
 
@@ -205,9 +215,9 @@ def muon_descend_(
             weights are all there is, and bf16 is rounded stochastically.
         x: (n, r, c), as Polar Express left it.
         scale: (n, r, 1) or (n, 1, c) fp32.
-        lr: learning rate.
+        lr: learning rate; it and lr_wd are numbers, or 0-D fp32 on x's device.
         lr_wd: learning rate times weight decay.
-        keys: n of 31 bits, for bf16 with int8 or nothing beside it.
+        keys: n of 31 bits, for bf16 with int8 or nothing beside it; or (n,) int32 on x's device.
         copies: where each matrix is written in FP8 too, all in one format; None for those, or for all, that are not.
     """
     drawn = weights[0].dtype == torch.bfloat16 and (kept is None or kept.dtype == torch.int8)
@@ -217,7 +227,7 @@ def muon_descend_(
         w = weight if weight.dtype == torch.float64 else read_weight(weight, beside)
         u = _wide(x[i]) * scale[i]
         value = w - lr * u - lr_wd * w * (u * w >= 0)
-        write_weight(weight, beside, value, draw(value, keys[i]) if drawn and keys is not None else None)
+        write_weight(weight, beside, value, draw(value, int(keys[i])) if drawn and keys is not None else None)
         _write_copies(weight, None if copies is None else copies[i])
 
 

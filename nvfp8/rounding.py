@@ -9,7 +9,9 @@ FP8 alone spans 2^18 (E4M3) or 2^32 (E5M2) from its smallest to its largest numb
 largest magnitude over the format's, puts each block's range where its values are.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,29 +26,50 @@ OTHERS = (0x85EBCA77, 0x27D4EB2F, 0xC2B2AE3D)  # of four neighbours that share a
 _MASK = 0xFFFFFFFF
 
 
-def mix(value: int) -> int:
-    """Hash 32 bits to 32 bits: every bit of the result depends on every bit of `value` (the constants are Wellons' lowbias32)."""
-    value &= _MASK
-    value ^= value >> 16
+_Word = TypeVar("_Word", int, Tensor)
+
+
+def mix(value: _Word) -> _Word:
+    """Hash 32 bits to 32 bits: every bit of the result depends on every bit of `value` (the constants are Wellons' lowbias32).
+
+    Of an int64 tensor each element.
+    """
+    value = value & _MASK
+    value = value ^ value >> 16
     value = value * 0x7FEB352D & _MASK
-    value ^= value >> 15
+    value = value ^ value >> 15
     value = value * 0x846CA68B & _MASK
     return value ^ value >> 16
 
 
 def key(seed: int, step: int, tensor: int, purpose: int) -> int:
     """The key of one tensor's rounding in one step, 31 bits, so that a kernel takes it as int32 whatever it is."""
-    # A step asks for one or two keys of every tensor: two hashes are new in each, the rest is remembered.
-    return mix(mix(_begun(seed, step) ^ _spread(tensor)) ^ _spread(purpose)) & 0x7FFFFFFF
+    return mix(mix(_begun(seed, step) ^ spread(tensor)) ^ spread(purpose)) & 0x7FFFFFFF
+
+
+def keys(seeds: Sequence[int], steps: Sequence[int], tensors: Tensor, purposes: Sequence[int]) -> Tensor:
+    """The keys of many tensors, each with its seed and step, for each purpose: (tensors, purposes) int64.
+
+    Args:
+        seeds: n.
+        steps: n.
+        tensors: (n,) int64 on the CPU, each already `spread`.
+        purposes: as for `key`.
+    """
+    # A step asks for one or two keys of every tensor: one by one, that is thousands of operations of Python.
+    begun = [_begun(seed, step) for seed, step in zip(seeds, steps, strict=True)]
+    of_tensors = mix(torch.tensor(begun, device="cpu") ^ tensors)
+    return mix(of_tensors[:, None] ^ torch.tensor([spread(purpose) for purpose in purposes], device="cpu")) & 0x7FFFFFFF
 
 
 @lru_cache(maxsize=64)
 def _begun(seed: int, step: int) -> int:
-    return mix(mix(_spread(seed)) ^ _spread(step))
+    return mix(mix(spread(seed)) ^ spread(step))
 
 
 @lru_cache(maxsize=4096)
-def _spread(part: int) -> int:
+def spread(part: int) -> int:
+    """Hash a part of a key by itself."""
     return mix(part + 0x9E3779B9)
 
 

@@ -88,7 +88,7 @@ def _parser() -> Parser:
         help="apply each update as soon as its gradient is complete, and free that: one micro-batch a step, one process; "
         "a gradient that is not finite stops the rest of its step, not what backward reached before it",
     )  # fmt: skip
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every micro-batch kernel by kernel")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch all kernels one by one")
     add(ours, "attention", str, "auto, fa3, cudnn, sdpa or plain", choices=("auto", "fa3", "cudnn", "sdpa", "plain"))
     parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of this model tag")
     add(ours, "keep", int, "newest checkpoints kept")

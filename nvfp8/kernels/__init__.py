@@ -1,6 +1,6 @@
 """Triton kernels, one file a family; no autograd here. Names and arguments are those of the twins in `nvfp8.reference`."""
 
-from nvfp8.kernels.adamw import adamw_
+from nvfp8.kernels.adamw import adamw_, adamw_prepared
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
 from nvfp8.kernels.cross_entropy_fp8 import softcap_cross_entropy_quantize
 from nvfp8.kernels.embedding import add_rows_
@@ -9,7 +9,7 @@ from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
 from nvfp8.kernels.gemm_heads_fp8 import gemm_heads
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
-from nvfp8.kernels.muon import muon_descend_, muon_nesterov_
+from nvfp8.kernels.muon import addressed, muon_descend_, muon_nesterov_
 from nvfp8.kernels.muon_norms import equilibrating_scale, normuon_scale, scale_rows_
 from nvfp8.kernels.norm import (
     add_norm_forward,
@@ -34,9 +34,11 @@ from nvfp8.kernels.symmetric import symmetric_product_
 
 __all__ = [
     "adamw_",
+    "adamw_prepared",
     "add_norm_forward",
     "add_norm_quantize",
     "add_rows_",
+    "addressed",
     "amax_",
     "equilibrating_scale",
     "gemm_heads",

@@ -3,10 +3,10 @@
 Decoding, fp32 update, encoding and the weight's write happen in registers: no tensor is ever whole in fp32. What bounds it is
 memory, so nothing else may: the host pays for one upload a step and one launch a combination of dtypes, however many tensors.
 
-The upload is a table, a row of 96 bytes for each tensor, from pinned memory: its addresses, its size, its key for rounding and its
-factors. Gradients are new tensors every step, and schedules change the factors, so most of it is news anyway; and values
-from memory never compile anything anew, as arguments may. A second table stays on the device, with the optimizer: which tensor
-and which block of 4096 elements each program takes. It depends on sizes only.
+The upload is a table, a row of 120 bytes for each tensor, from pinned memory: its addresses, its size, and where its numbers are,
+its key for rounding and its factors. Those come from memory too, so the same launches, captured in a CUDA graph, do for every step;
+and values from memory never compile anything anew, as arguments may. A second table stays on the device, with the optimizer: which
+tensor and which block of 4096 elements each program takes. It depends on sizes only.
 
 A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
 compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
@@ -18,9 +18,9 @@ Of a matrix with FP8 copies a program takes 32 rows of 128 columns, as many bloc
 by side in one, 32 in its transpose.
 """
 
-import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +43,9 @@ _TYPES = {
     torch.int8: tl.int8, torch.int16: tl.int16,
 }  # fmt: skip
 # int64 words 0 to 6: addresses of parameter, gradient, m, its scales, v, its scales, rest; 7: size; 8 to 11: addresses of the FP8
-# copies q and t, their scale and amax; 12, 13: the matrix's columns and t's stride. Then the int32 key and seven fp32 factors, the
-# last the root of the fourth: the table is read as each of the three types.
-_ROW = struct.Struct("<14qi7f")
+# copies q and t, their scale and amax; 12, 13: the matrix's columns and t's stride; 14: address of `AdamWTensor.numbers`.
+_ROW = struct.Struct("<15q")
 _WORDS = tl.constexpr(_ROW.size // 8)
-_KEY = tl.constexpr(28)  # their place in a row, counted in 4 bytes
-_FACTORS = tl.constexpr(29)
 
 
 @triton.jit
@@ -99,7 +96,7 @@ def _write(
 
 @triton.jit
 def _adamw(
-    TABLE, KEYS, FACTORS, BLOCKS,
+    TABLE, BLOCKS,
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr,
     FIRST_FORMAT: tl.constexpr, SECOND_FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
     COPIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,10 +112,10 @@ def _adamw(
     size = tl.load(row + 7).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
-    key = tl.load(KEYS + tensor * (2 * _WORDS) + _KEY)
-    factors = FACTORS + tensor * (2 * _WORDS) + _FACTORS
-    take1, take2, step_size, unbias2 = tl.load(factors), tl.load(factors + 1), tl.load(factors + 2), tl.load(factors + 3)
-    eps, keep, root_unbias2 = tl.load(factors + 4), tl.load(factors + 5), tl.load(factors + 6)
+    numbers = tl.load(row + 14).to(tl.pointer_type(tl.float32))
+    key = tl.load(numbers.to(tl.pointer_type(tl.int32), bitcast=True))
+    take1, take2, step_size, unbias2 = tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    eps, keep, root_unbias2 = tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7)
 
     ROWS: tl.constexpr = BLOCK // rounding.BLOCK
     if COPIES is None:
@@ -202,11 +199,16 @@ def _blocks(members: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> None:
     """See `nvfp8.reference.adamw_`; all on one device, what is updated contiguous, in dtypes of `nvfp8.state`."""
+    adamw_prepared(tensors, plans)()
+
+
+def adamw_prepared(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = None) -> Callable[[], None]:
+    """See `nvfp8.reference.adamw_prepared`. A gradient that is strided, or neither fp32 nor bf16, is read now instead."""
     plans = {} if plans is None else plans
     if not tensors:
-        return
+        return lambda: None
     device = tensors[0].parameter.device
-    rows, gradients = [], []  # a copy of a gradient must outlive the launch, and in this list it does
+    rows, gradients = [], list[Tensor]()
     launches: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for row, t in enumerate(tensors):
         plain = t.gradient if t.gradient.dtype in (torch.float32, torch.bfloat16) else t.gradient.float()
@@ -230,30 +232,36 @@ def adamw_(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | None = Non
             multiples = [r, stride, c.q.data_ptr(), c.t.data_ptr()]
         # Scales are few: they are loaded one by one wherever they are.
         aligned = not any(x % 16 for x in multiples) and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
-        rows.append(_ROW.pack(*addresses, size, *copied, t.key, *t.factors, math.sqrt(t.factors[3])))
+        assert t.numbers.shape == (8,) and t.numbers.is_contiguous() and t.numbers.device == device, "a tensor has eight numbers"
+        rows.append(_ROW.pack(*addresses, size, *copied, t.numbers.data_ptr()))
         if size:
             dtypes = [None if x is None else x.dtype for x in (*elements, None if c is None else c.q)]
             launches.setdefault((*dtypes, t.stochastic, aligned), []).append((row, programs))
-    if not launches:
-        return
     table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
-    with torch.cuda.device_of(tensors[0].parameter):  # Triton launches on the current one
-        table = table.to(device, non_blocking=True)
-        for (parameter, gradient, first, second, rest, copy, stochastic, aligned), members in launches.items():
-            plan = (device, *members)
-            if plan not in plans:
-                if len(plans) == PLANS:
-                    del plans[next(iter(plans))]  # the oldest
-                plans[plan] = _blocks(members, device)
-            blocks = plans[plan]
-            capped = aligned and (rest in (None, torch.int8) or (rest == torch.float32 and first in rounding.FORMATS))
-            _adamw[(len(blocks),)](
-                table, table.view(torch.int32), table.view(torch.float32), blocks,
-                PARAMETER=_TYPES[parameter], GRADIENT=_TYPES[gradient], FIRST=_TYPES[first], SECOND=_TYPES[second],
-                REST=None if rest is None else _TYPES[rest], FIRST_FORMAT=rounding.FORMATS.get(first),
-                SECOND_FORMAT=rounding.FORMATS.get(second),
-                STOCHASTIC=stochastic, ALIGNED=aligned, COPIES=DTYPES.get(copy), BLOCK=BLOCK, num_warps=8,
-                maxnreg=REGISTERS if capped else None,
-            )  # fmt: skip
+    table = table.to(device, non_blocking=True)
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    for (parameter, gradient, first, second, rest, copy, stochastic, aligned), members in launches.items():
+        plan = (device, *members)
+        if plan not in plans:
+            if len(plans) == PLANS:
+                del plans[next(iter(plans))]  # the oldest
+            plans[plan] = _blocks(members, device)
+        capped = aligned and (rest in (None, torch.int8) or (rest == torch.float32 and first in rounding.FORMATS))
+        options = {
+            "PARAMETER": _TYPES[parameter], "GRADIENT": _TYPES[gradient], "FIRST": _TYPES[first], "SECOND": _TYPES[second],
+            "REST": None if rest is None else _TYPES[rest], "FIRST_FORMAT": rounding.FORMATS.get(first),
+            "SECOND_FORMAT": rounding.FORMATS.get(second), "STOCHASTIC": stochastic, "ALIGNED": aligned,
+            "COPIES": DTYPES.get(copy), "BLOCK": BLOCK, "num_warps": 8, "maxnreg": REGISTERS if capped else None,
+        }  # fmt: skip
+        calls.append((plans[plan], options))
+
+    return partial(_launch, table, calls, (tensors, gradients))
+
+
+def _launch(table: Tensor, calls: Sequence[tuple[Tensor, dict[str, Any]]], pointed_to: object) -> None:
+    """Launch each of `calls`, blocks and constants; `pointed_to` is what must not be freed while the table may be used."""
+    with torch.cuda.device_of(table):  # Triton launches on the current one
+        for blocks, options in calls:
+            _adamw[(len(blocks),)](table, blocks, **options)

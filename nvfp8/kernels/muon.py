@@ -2,14 +2,14 @@
 
 State lies in one buffer (n, r, c). Gradients and weights are tensors of their own, wherever autograd and the model put them,
 so their addresses go to the GPU as a table of n int64 and a program looks up its matrix: nothing is stacked or copied. The
-table is 8 bytes a matrix from pinned memory: the host does not wait, and torch keeps the buffer until the copy is done. The keys of
-stochastic rounding, one a matrix, stand behind the addresses.
+table is 8 bytes a matrix from pinned memory: the host does not wait, and torch keeps the buffer until the copy is done.
 
 Each program takes 4096 elements of one matrix and touches each byte once. 4096 is 32 blocks of 128, so FP8 state is decoded,
 updated and encoded with new scales in registers: no program needs another's maximum. Of an address that comes from a table the
 compiler knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
-Hyperparameters are fp32 arguments and shapes are plain integers (of the columns alone the compiler learns whether 16 divides
-them), so a schedule compiles nothing anew.
+Hyperparameters and the keys of stochastic rounding, one a matrix, are read from memory too: a schedule compiles nothing anew, and
+the same launches, captured in a CUDA graph, do for every step. Shapes are plain integers (of the columns alone the compiler learns
+whether 16 divides them).
 
 Where layers keep FP8 copies of a weight, the second pass writes them too. Then the 4096 elements are a tile of 64 × 64, for a row
 of a transpose is a column of the matrix: 64 bytes side by side in both copies. Elements draw the same bits as without.
@@ -40,13 +40,14 @@ def _matrix(TABLE, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _bits(TABLE, matrix, BLOCK: tl.constexpr):
-    return rounding.draw(tl.program_id(0) * BLOCK, tl.load(TABLE + tl.num_programs(1) + matrix), BLOCK)
+def _bits(KEYS, STEP, matrix, BLOCK: tl.constexpr):
+    return rounding.draw(tl.program_id(0) * BLOCK, tl.load(KEYS + STEP * matrix), BLOCK)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
+# Numbers stand anywhere in a table: the compiler is not to care whether 16 divides their addresses.
+@triton.jit(do_not_specialize=["ROWS", "STEP"], do_not_specialize_on_alignment=["TAKE", "MU", "KEYS"])
 def _muon_nesterov(
-    GRADIENTS, MOMENTUM, SCALES, X, ROWS, COLUMNS, TAKE, MU, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    GRADIENTS, MOMENTUM, SCALES, X, ROWS, COLUMNS, TAKE, MU, KEYS, STEP, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1)
@@ -63,13 +64,13 @@ def _muon_nesterov(
         m = rounding.decode(stored, tl.load(scales, block < blocks, 0.0), EACH, False)
     else:
         m = stored.to(tl.float32)
-    m += TAKE * (g - m)
-    tl.store(X + start + at, (g + MU * (m - g)).to(X.dtype.element_ty), mask)
+    m += tl.load(TAKE) * (g - m)
+    tl.store(X + start + at, (g + tl.load(MU) * (m - g)).to(X.dtype.element_ty), mask)
     if FORMAT is not None:
-        m, scale = rounding.encode(m, _bits(GRADIENTS, matrix, BLOCK), EACH, FORMAT, False)
+        m, scale = rounding.encode(m, _bits(KEYS, STEP, matrix, BLOCK), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
     if MOMENTUM.dtype.element_ty == tl.bfloat16:
-        top, _ = rounding.split(m, _bits(GRADIENTS, matrix, BLOCK), 0)
+        top, _ = rounding.split(m, _bits(KEYS, STEP, matrix, BLOCK), 0)
         tl.store((MOMENTUM + start + at).to(tl.pointer_type(tl.int16), bitcast=True), top.to(tl.int16), mask)
     else:
         tl.store(MOMENTUM + start + at, m.to(MOMENTUM.dtype.element_ty), mask)
@@ -88,10 +89,11 @@ def of_rows(SCALE, ROWS, COLUMNS, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
         return tl.load(SCALE + at // COLUMNS, at < ROWS * COLUMNS, 0.0)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
+@triton.jit(do_not_specialize=["ROWS", "STEP"], do_not_specialize_on_alignment=["LR", "LR_WD", "KEYS"])
 def _muon_descend(
-    WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, TYPE: tl.constexpr, ALIGNED: tl.constexpr, MASTERED: tl.constexpr,
-    EXTRA: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS, KEPT, X, SCALE, ROWS, COLUMNS, LR, LR_WD, KEYS, STEP, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    MASTERED: tl.constexpr, EXTRA: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     NARROW: tl.constexpr = tl.int16 == TYPE  # bf16 weights are read and written as bits
     matrix = tl.program_id(1)
@@ -129,7 +131,7 @@ def _muon_descend(
         w = rounding.join(stored, rest, EXTRA)
     else:
         w = tl.load(weight, mask, 0.0)
-    w = w - LR * u - tl.where(u * w >= 0, LR_WD * w, 0.0)
+    w = w - tl.load(LR) * u - tl.where(u * w >= 0, tl.load(LR_WD) * w, 0.0)
     if NARROW:
         if MASTERED:
             bits = rounding.nearest(w)
@@ -137,9 +139,9 @@ def _muon_descend(
         elif EXTRA == 16:
             bits = at  # nothing is cut off
         elif COPIES is None:
-            bits = _bits(WEIGHTS, matrix, BLOCK)
+            bits = _bits(KEYS, STEP, matrix, BLOCK)
         else:
-            key = tl.load(WEIGHTS + tl.num_programs(1) + matrix)
+            key = tl.load(KEYS + STEP * matrix)
             bits = rounding.draw_tile(first_row * COLUMNS + first_column, COLUMNS, key, SIDE, SIDE)
         upper, rest = rounding.split(w, bits, EXTRA)
         tl.store(weight, upper.to(tl.int16), mask)
@@ -150,29 +152,62 @@ def _muon_descend(
         tl.store(weight, w, mask)
     if COPIES is not None:
         n = tl.num_programs(1)
-        copies = WEIGHTS + 2 * n + matrix
+        copies = WEIGHTS + n + matrix
         q = tl.load(copies)
         if q != 0:
             t, by, amax, stride = tl.load(copies + n), tl.load(copies + 2 * n), tl.load(copies + 3 * n), tl.load(copies + 4 * n)
             store_copies(q, t, by, amax, stride.to(tl.int32), w, row, column, at, mask, COPIES, ALIGNED)
 
 
-def _table(tensors: Sequence[Tensor], keys: Sequence[int] | None, copies: Sequence[Copies | None] = ()) -> tuple[Tensor, bool]:
-    """The addresses of contiguous tensors and the keys behind them, on their device; and whether 16 divides all addresses.
+class Addressed(list[Tensor]):
+    """Contiguous matrices with the table by which kernels find them.
 
-    With copies five more columns: addresses of q, t, scale and amax, and t's stride; 0 where there is none. 16 must divide the
-    stride and the tensors' rows too.
+    Attributes:
+        table: (n,) int64 on their device, addresses; with copies (6n,): behind them the addresses of q, t, scale and amax, and t's
+            stride, 0 where a matrix has none.
+        aligned: whether 16 divides all addresses, and with copies the strides and the matrices' rows too.
+        format: of the copies; None without.
     """
-    addresses, first = [t.data_ptr() for t in tensors], tensors[0]
-    assert keys is None or len(keys) == len(addresses), "a matrix has one key"
-    columns, multiples = [addresses, list(keys or ())], list(addresses)
-    if copies:
-        rows = [(0,) * 5 if c is None else (*(x.data_ptr() for x in c), c.t.stride(0)) for c in copies]
-        q, t, scale, amax, stride = (list(column) for column in zip(*rows, strict=True))
-        columns = [addresses, list(keys or (0,) * len(addresses)), q, t, scale, amax, stride]
-        multiples += [*q, *t, *stride, len(first)]
-    table = torch.tensor([x for column in columns for x in column], dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
-    return table.to(first.device, non_blocking=True), all(x % 16 == 0 for x in multiples)
+
+    def __init__(self, tensors: Sequence[Tensor], copies: Sequence[Copies | None] = ()) -> None:
+        """Make the table; it is uploaded now."""
+        super().__init__(tensors)
+        first, addresses = tensors[0], [t.data_ptr() for t in tensors]
+        written = [c for c in copies if c is not None]
+        columns, multiples, self.format = [addresses], list(addresses), written[0].q.dtype if written else None
+        for c in written:
+            on_one_device(first, *c)
+            check_copies(c, first.shape)
+            assert c.q.dtype == self.format and first.shape[1] % 4 == 0, "copies are in one format, and of rows of fours"
+        if written:
+            rows = [(0,) * 5 if c is None else (*(x.data_ptr() for x in c), c.t.stride(0)) for c in copies]
+            q, t, scale, amax, stride = (list(column) for column in zip(*rows, strict=True))
+            columns += [q, t, scale, amax, stride]
+            multiples += [*q, *t, *stride, len(first)]
+        table = torch.tensor([x for column in columns for x in column], dtype=torch.int64, device="cpu", pin_memory=first.is_cuda)
+        self.table, self.aligned = table.to(first.device, non_blocking=True), all(x % 16 == 0 for x in multiples)
+
+
+def addressed(tensors: Sequence[Tensor], copies: Sequence[Copies | None] | None = None) -> Sequence[Tensor]:
+    """See `nvfp8.reference.addressed`; gradients that a launch has to convert first stay as they are."""
+    kind = tensors[0].dtype
+    readable = kind in (torch.float32, torch.bfloat16) and all(t.is_contiguous() and t.dtype == kind for t in tensors)
+    return Addressed(tensors, copies or ()) if readable else tensors
+
+
+def number(value: float | Tensor, x: Tensor) -> Tensor:
+    """A number as kernels read it, 0-D fp32 on x's device."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device=x.device)
+
+
+def _keys(keys: Sequence[int] | Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
+    """Keys on x's device, one a matrix, and how far each is from the next."""
+    if keys is None:
+        return None, 0
+    if not isinstance(keys, Tensor):
+        keys = torch.tensor(list(keys), dtype=torch.int32, device=x.device)
+    assert len(keys) == len(x) and keys.dtype == torch.int32, "a matrix has one key"
+    return keys, keys.stride(0)
 
 
 def on_one_device(x: Tensor, *others: Tensor | None) -> None:
@@ -188,8 +223,8 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 
 def muon_nesterov_(
-    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float, mu: float,
-    keys: Sequence[int] | None = None,
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float | Tensor, mu: float | Tensor,
+    keys: Sequence[int] | Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
     n, r, c = x.shape
@@ -200,22 +235,25 @@ def muon_nesterov_(
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     if scales is not None:
         assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
-    dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
-    gradients = [g.to(dtype).contiguous() for g in gradients]  # a copy must outlive the launch, and under this name it does
-    table, aligned = _table(gradients, keys if drawn else None)
-    kind = tl.float32 if dtype == torch.float32 else tl.bfloat16
+    if not isinstance(gradients, Addressed):
+        dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
+        gradients = Addressed([g.to(dtype).contiguous() for g in gradients])  # copies must outlive the launch, and here they do
+    kind = tl.float32 if gradients[0].dtype == torch.float32 else tl.bfloat16
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _muon_nesterov[grid(x)](
-            table, momentum, scales, x, r, c, float(take), float(mu), kind, aligned, rounding.FORMATS.get(momentum.dtype),
-            BLOCK=BLOCK, num_warps=8,
+            gradients.table, momentum, scales, x, r, c, number(take, x), number(mu, x), *_keys(keys if drawn else None, x),
+            kind, gradients.aligned, rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
 
 def muon_descend_(
-    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float, lr_wd: float,
-    keys: Sequence[int] | None = None, copies: Sequence[Copies | None] | None = None,
+    weights: Sequence[Tensor], kept: Tensor | None, x: Tensor, scale: Tensor, lr: float | Tensor, lr_wd: float | Tensor,
+    keys: Sequence[int] | Tensor | None = None, copies: Sequence[Copies | None] | None = None,
 ) -> None:  # fmt: skip
-    """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype."""
+    """See `nvfp8.reference.muon_descend_`; weights, `kept` and `x` must be contiguous, the weights of one dtype.
+
+    Copies of weights that are `addressed` were given there.
+    """
     narrow = weights[0].dtype == torch.bfloat16
     assert x.is_contiguous() and (kept is None or kept.is_contiguous()), "muon_descend_ works on contiguous memory"
     on_one_device(x, *weights, kept, scale)
@@ -226,18 +264,15 @@ def muon_descend_(
     extra = 0 if kept is None or mastered else 8 * kept.element_size()
     drawn = narrow and not mastered and extra < 16
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
-    written = [c for c in copies or () if c is not None]
-    for c in written:
-        on_one_device(x, *c)
-        check_copies(c, x.shape[1:])
-        assert c.q.dtype == written[0].q.dtype and x.shape[2] % 4 == 0, "copies are in one format, and of rows of fours"
-    table, aligned = _table(weights, keys if drawn else None, copies if copies and written else ())
+    if not isinstance(weights, Addressed):
+        weights = Addressed(weights, copies or ())
     programs, n = grid(x)
-    if written:
+    if weights.format is not None:
         programs = triton.cdiv(x.shape[1], SIDE.value) * triton.cdiv(x.shape[2], SIDE.value)
     with torch.cuda.device_of(x):
         _muon_descend[(programs, n)](
-            table, kept, x, scale.contiguous(), *x.shape[1:], float(lr), float(lr_wd), tl.int16 if narrow else tl.float32, aligned,
-            mastered, extra, BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0,
-            COPIES=DTYPES[written[0].q.dtype] if written else None, BLOCK=BLOCK, num_warps=8,
+            weights.table, kept, x, scale.contiguous(), *x.shape[1:], number(lr, x), number(lr_wd, x),
+            *_keys(keys if drawn else None, x), tl.int16 if narrow else tl.float32, weights.aligned, mastered, extra,
+            BY_ROW=scale.shape[2] == 1, WHOLE=x.shape[2] % SCALED == 0,
+            COPIES=None if weights.format is None else DTYPES[weights.format], BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.muon import BLOCK, grid, of_rows, on_one_device
+from nvfp8.kernels.muon import BLOCK, grid, number, of_rows, on_one_device
 from nvfp8.rounding import BLOCK as SCALED
 
 ROW_TILE = (8, 512)
@@ -87,11 +87,11 @@ def _scale_rows(X, SCALE, OUT, FACTOR, ROWS, COLUMNS, WHOLE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, TAKE, to_norm, TOGETHER: tl.constexpr):
+def _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, take, to_norm, TOGETHER: tl.constexpr):
     """Sums of squares after the norm is set, and the average that they are taken into."""
     square = _whole(SQUARES, at, start, WIDTH, PARTS, TOGETHER) * (to_norm * to_norm)
     moment = tl.load(MOMENT + start + at, at < WIDTH, 0.0)
-    return square, moment + TAKE * (square / LENGTH - moment)
+    return square, moment + take * (square / LENGTH - moment)
 
 
 @triton.jit
@@ -101,9 +101,9 @@ def _whole(SQUARES, at, start, WIDTH, PARTS, TOGETHER: tl.constexpr):
     return tl.sum(tl.load(places, (part < PARTS) & (at < WIDTH)[None, :], 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["WIDTH", "PARTS"])
+@triton.jit(do_not_specialize=["WIDTH", "PARTS"], do_not_specialize_on_alignment=["TAKE"])
 def _normuon(SQUARES, MOMENT, SCALE, WIDTH, PARTS, LENGTH, NORM, TAKE, TOGETHER: tl.constexpr, SUMS: tl.constexpr):
-    start = tl.program_id(0) * WIDTH
+    start, take = tl.program_id(0) * WIDTH, tl.load(TAKE)
     total = tl.zeros((SUMS,), tl.float32)
     for first in range(0, WIDTH, SUMS):
         total += _whole(SQUARES, first + tl.arange(0, SUMS), start, WIDTH, PARTS, TOGETHER)
@@ -112,13 +112,13 @@ def _normuon(SQUARES, MOMENT, SCALE, WIDTH, PARTS, LENGTH, NORM, TAKE, TOGETHER:
     after = tl.zeros((SUMS,), tl.float32)
     for first in range(0, WIDTH, SUMS):
         at = first + tl.arange(0, SUMS)
-        square, moment = _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, TAKE, to_norm, TOGETHER)
+        square, moment = _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, take, to_norm, TOGETHER)
         before += square
         after += square / tl.maximum(moment, 1e-10, ALL)
     kept = tl.sqrt(tl.sum(before, 0)) / tl.maximum(tl.sqrt(tl.sum(after, 0)), 1e-10, ALL)
     for first in range(0, WIDTH, SUMS):
         at = first + tl.arange(0, SUMS)
-        _, moment = _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, TAKE, to_norm, TOGETHER)
+        _, moment = _mean_square(SQUARES, MOMENT, at, start, WIDTH, PARTS, LENGTH, take, to_norm, TOGETHER)
         tl.store(MOMENT + start + at, moment, at < WIDTH)
         tl.store(SCALE + start + at, to_norm * kept / tl.sqrt(tl.maximum(moment, 1e-10, ALL)), at < WIDTH)
 
@@ -159,7 +159,7 @@ def scale_rows_(x: Tensor, scale: Tensor | None, factor: float, out: Tensor) -> 
     return out
 
 
-def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+def normuon_scale(x: Tensor, second_moment: Tensor, take: float | Tensor) -> Tensor:
     """See `nvfp8.reference.normuon_scale`; x and `second_moment` must be contiguous."""
     n, r, c = x.shape
     by_row = second_moment.shape[2] == 1
@@ -170,7 +170,7 @@ def normuon_scale(x: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
         squares = _squares(x, by_row)
         parts, width = squares.shape[1:]
         _normuon[(n,)](
-            squares, second_moment, scale, width, parts, float(c if by_row else r), math.sqrt(min(r, c)), 1 - beta2,
+            squares, second_moment, scale, width, parts, float(c if by_row else r), math.sqrt(min(r, c)), number(take, x),
             TOGETHER=triton.next_power_of_2(parts), SUMS=SUMS, num_warps=16,
         )  # fmt: skip
     return scale

@@ -12,7 +12,8 @@ rest once: 14 bytes a parameter where all are bf16, 28 where all are fp32, 12.1 
 its gradient in bf16.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,19 +76,26 @@ class AdamW(StoredOptimizer):
         # A tile of a transpose must be whole blocks of elements that share a scale.
         return super()._writes_copies(parameter) and parameter.ndim == 2 and parameter.shape[1] % BLOCK == 0
 
-    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
-        by_device: dict[torch.device, list[AdamWTensor]] = {}
-        for p, gradient in given:
-            by_device.setdefault(p.device, []).append(self._tensor(p, gradient, written.get(p)))
-        for tensors in by_device.values():
-            ops(tensors[0].parameter).adamw_(tensors, self._plans)
+    def _rates(self, parameter: Tensor, group: dict[str, Any], steps: int) -> tuple[float, ...]:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        lr, unbias2 = float(group["lr"]), 1 / (1 - beta2**steps)
+        keep = 1 - lr * float(group["weight_decay"])
+        return 1 - beta1, 1 - beta2, lr / (1 - beta1**steps), unbias2, float(group["eps"]), keep, math.sqrt(unbias2)
 
-    def _tensor(self, p: Tensor, gradient: Tensor, copies: Copies | None) -> AdamWTensor:
-        group = self._group_of[p]
-        beta1, beta2 = group["betas"]
-        lr, steps = float(group["lr"]), self._steps(p)
-        factors = (
-            1 - beta1, 1 - beta2, lr / (1 - beta1**steps), 1 / (1 - beta2**steps), group["eps"], 1 - lr * group["weight_decay"]
-        )  # fmt: skip
-        first, second = (self._stored(p, what) for what in self.coded)
-        return AdamWTensor(local(p), gradient, first, second, self._kept(p), factors, self._key(p), group["stochastic"], copies)
+    def _prepared(
+        self, given: Sequence[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies], numbers: Mapping[torch.device, Tensor]
+    ) -> Callable[[], None]:
+        by_device: dict[torch.device, list[AdamWTensor]] = {}
+        rows = {device: table.unbind() for device, table in numbers.items()}
+        for row, (p, gradient) in enumerate(given):
+            first, second = (self._stored(p, what) for what in self.coded)
+            kept, stochastic = self._kept(p), self._group_of[p]["stochastic"]
+            tensor = AdamWTensor(local(p), gradient, first, second, kept, rows[p.device][row], stochastic, written.get(p))
+            by_device.setdefault(p.device, []).append(tensor)
+        launches = [ops(tensors[0].parameter).adamw_prepared(tensors, self._plans) for tensors in by_device.values()]
+
+        def launch() -> None:
+            for each in launches:
+                each()
+
+        return launch

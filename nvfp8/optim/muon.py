@@ -33,9 +33,9 @@ a chunk), by "gram" 27 and 54 MiB (18 and 9).
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from nvfp8.polar_express import fastest_products, polar_express, room
 from nvfp8.reference_optim import Copies
 from nvfp8.state import Master, Stored
 
-_MOMENTUM = 4  # what a key is for: a weight is rounded in a kernel of its own, by another one
+_WEIGHT, _MOMENTUM = 0, 4  # what a key is for: each is rounded in a kernel of its own, by another one
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ class _Stack:
     momentum: Stored  # (n, r, c), each matrix with its own blocks
     second_moment: Tensor  # (n, r, 1), or (n, 1, c) where r < c; fp32
     kept: Tensor | None  # (n, r, c) beside matrices stored lower than fp32
+
+
+class _Chunk(NamedTuple):
+    """Matrices of a stack that go through Polar Express together."""
+
+    stack: _Stack
+    part: slice
+    gradients: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    copies: list[Copies | None]
+    numbers: Tensor  # (matrices, NUMBERS) fp32, as `Muon._rates` has them behind two keys
 
 
 def _alike(params: list[Tensor]) -> Collection[list[Tensor]]:
@@ -77,6 +88,7 @@ class Muon(StoredOptimizer):
     """
 
     coded = ("momentum",)
+    purposes = (_WEIGHT, _MOMENTUM)
 
     def __init__(
         self, params: Any, lr: float = 0.02, momentum: float = 0.95, beta2: float = 0.9, weight_decay: float = 0.0,
@@ -191,33 +203,64 @@ class Muon(StoredOptimizer):
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return fastest_products(r, c, self.compute_dtype, capability)
 
-    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
+    def fixed(self) -> object:
+        """See `StoredOptimizer`; the workspace decides on chunks."""
+        return super().fixed(), self.workspace, self.compute_dtype
+
+    def _ordered(self, given: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
         gradients = dict(given)
+        return [(p, gradients[p]) for stack in self._stacks for p in stack.params if p in gradients]
+
+    def _kind(self, parameter: Tensor) -> object:
+        return parameter.shape
+
+    def _rates(self, parameter: Tensor, group: dict[str, Any], steps: int) -> tuple[float, ...]:
+        mu, (r, c) = float(group["momentum"]), parameter.shape
+        lr = float(group["lr"]) * math.sqrt(max(1, r / c))
+        return 1 - mu, mu, 1 - float(group["beta2"]), lr, lr * float(group["weight_decay"])
+
+    def _prepared(
+        self, given: Sequence[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies], numbers: Mapping[torch.device, Tensor]
+    ) -> Callable[[], None]:
+        gradients, chunks, row = dict(given), list[_Chunk](), 0
+        for stack, part in self._neighbours(gradients):
+            self._adopt(stack, part)
+            params = stack.params[part]
+            copies, passes, end = [written.get(p) for p in params], ops(params[0]), row + len(params)
+            found = passes.addressed([gradients[p] for p in params])
+            weights = passes.addressed([p.detach() for p in params], copies)
+            chunks.append(_Chunk(stack, part, found, weights, copies, numbers[params[0].device][row:end]))
+            row = end
+
+        def launch() -> None:
+            for chunk in chunks:
+                self._descend(chunk)
+
+        return launch
+
+    def _neighbours(self, gradients: Collection[Tensor]) -> Iterator[tuple[_Stack, slice]]:
+        """What goes through Polar Express together: matrices side by side that have gradients, within a chunk."""
         for stack in self._stacks:
             n, size = len(stack.params), self._chunk(stack)
             start = 0
-            while start < n:  # neighbours that have gradients, chunk by chunk
+            while start < n:
                 end = start
                 while end < min(n, start - start % size + size) and stack.params[end] in gradients:
                     end += 1
                 if end > start:
-                    params = stack.params[start:end]
-                    self._descend(stack, slice(start, end), [gradients[p] for p in params], [written.get(p) for p in params])
+                    yield stack, slice(start, end)
                 start = max(end, start + 1)
 
-    def _descend(self, stack: _Stack, part: slice, gradients: list[Tensor], copies: list[Copies | None]) -> None:
-        """One step of the matrices `part` of a stack."""
-        self._adopt(stack, part)
-        group, params = stack.group, stack.params[part]
+    def _descend(self, chunk: _Chunk) -> None:
+        """One step of a chunk's matrices."""
+        stack, part = chunk.stack, chunk.part
         momentum, scales = (None if buffer is None else buffer[part] for buffer in stack.momentum)
         assert momentum is not None
         x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
-        passes, mu, (r, c) = ops(x), group["momentum"], momentum.shape[1:]
-        keys = None if momentum.dtype == torch.float32 else [self._key(p, _MOMENTUM) for p in params]
-        passes.muon_nesterov_(gradients, momentum, scales, x, 1 - mu, mu, keys)
+        passes, keys = ops(x), chunk.numbers.view(torch.int32)
+        take, mu, take2, lr, lr_wd = chunk.numbers[0, 2:7].unbind()  # a stack is of one group and one shape
+        passes.muon_nesterov_(chunk.gradients, momentum, scales, x, take, mu, keys[:, 1])
         x = polar_express(x, self._products(stack), passes.equilibrating_scale(x))
-        scale = passes.normuon_scale(x, stack.second_moment[part], group["beta2"])
-        lr = float(group["lr"]) * math.sqrt(max(1, r / c))
+        scale = passes.normuon_scale(x, stack.second_moment[part], take2)
         kept = None if stack.kept is None else stack.kept[part]
-        keys = [self._key(p) for p in params] if params[0].dtype == torch.bfloat16 else None
-        passes.muon_descend_([p.detach() for p in params], kept, x, scale, lr, lr * group["weight_decay"], keys, copies)
+        passes.muon_descend_(chunk.weights, kept, x, scale, lr, lr_wd, keys[:, 0], chunk.copies)

@@ -23,15 +23,16 @@ torch.distributed.checkpoint saves, loads and reshards.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from nvfp8 import copies, hardware, rounding
+from nvfp8 import hardware, rounding
 from nvfp8.optim.shards import beside, local, local_gradient, local_scales, placed, scales_beside, which
+from nvfp8.optim.update import Update
 from nvfp8.reference_optim import Copies
 from nvfp8.state import STATE_DTYPES, Codec, Master, Stored, codec, codec_of, master, read_weight, write_weight
 
@@ -56,9 +57,11 @@ class StoredOptimizer(torch.optim.Optimizer):
 
     Attributes:
         coded: the state that has a codec; a group's option `<what>_dtype` names it.
+        purposes: what an update draws keys for.
     """
 
     coded: ClassVar[tuple[str, ...]]
+    purposes: ClassVar[tuple[int, ...]] = (_UPDATE,)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         """Allocate all state.
@@ -76,6 +79,7 @@ class StoredOptimizer(torch.optim.Optimizer):
     def _index(self) -> None:
         self._names: dict[Tensor, str] = {}
         self._group_of: dict[Tensor, dict[str, Any]] = {}
+        self._hashes: dict[Tensor, int] = {}  # of names, for keys of rounding
         self._formats: list[dict[str, Any]] = []  # of each group, as its state was made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +110,7 @@ class StoredOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             del self._formats[place:]
             for p in group["params"]:
-                for kind in (self._names, self._group_of, self.state):
+                for kind in (self._names, self._group_of, self._hashes, self.state):
                     kind.pop(p, None)
             raise
 
@@ -114,6 +118,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         names = group.get("param_names") or [f"{place}.{i}" for i in range(len(group["params"]))]
         self._names |= dict(zip(group["params"], names, strict=True))
         self._group_of |= dict.fromkeys(group["params"], group)
+        self._hashes |= {p: crc32((self._names[p] + which(p)).encode()) for p in group["params"]}
         self._formats.append({key: group[key] for key in self._format_options()})
 
     def _format_options(self) -> list[str]:
@@ -168,8 +173,7 @@ class StoredOptimizer(torch.optim.Optimizer):
         return int(self.state[parameter]["step"])
 
     def _key(self, parameter: Tensor, purpose: int = _UPDATE) -> int:
-        name = self._names[parameter] + which(parameter)
-        return rounding.key(self._group_of[parameter]["seed"], self._steps(parameter), crc32(name.encode()), purpose)
+        return rounding.key(self._group_of[parameter]["seed"], self._steps(parameter), self._hashes[parameter], purpose)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient that an update takes; a parameter without one is left as it is."""
@@ -208,19 +212,52 @@ class StoredOptimizer(torch.optim.Optimizer):
         self._check_formats()
         given = [(p, local_gradient(p, g)) for p in parameters if (g := self.gradient(p)) is not None]
         if given:
-            torch._foreach_add_([self.state[p]["step"] for p, _ in given], 1)
-            written = copies.begin((p for p, _ in given if self._writes_copies(p)), self._names)
-            self._update(given, written)
-            torch.autograd.graph.increment_version([p for p, _ in given])
-            copies.finish(written)
+            step = Update(self, given)
+            step.begin()
+            step.renew()
+            step.launch()
+            step.finish()
         return len(given)
+
+    def fixed(self) -> object:
+        """What the launches of a step of all parameters go by, rates and FP8 copies not among it (`nvfp8/optim/update.py`).
+
+        Where a gradient or a state lies is told by its id: whoever compares later answers keeps the tensors.
+        """
+        self._check_formats()
+        groups = [(len(group["params"]), group.get("stochastic")) for group in self.param_groups]
+        gradients = [(p.data_ptr(), id(g := p.grad), 0 if g is None else g.data_ptr()) for p in self.state]
+        return groups, gradients, [[*map(id, entries.values())] for entries in self.state.values()]
 
     def _writes_copies(self, parameter: Tensor) -> bool:
         """Whether an update can write a layer's FP8 copies of the parameter."""
         return not placed(parameter)
 
-    def _update(self, given: list[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies]) -> None:
-        """Update parameters, each with its local gradient, and write FP8 copies of some; their steps count this one."""
+    def _ordered(self, given: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+        """Parameters with their gradients, in the order in which `_prepared` wants their numbers."""
+        return given
+
+    def _kind(self, parameter: Tensor) -> object:
+        """What of a parameter itself its rates depend on."""
+        return None
+
+    def _rates(self, parameter: Tensor, group: dict[str, Any], steps: int) -> tuple[float, ...]:
+        """A parameter's rates in the update after which it will have made so many steps."""
+        raise NotImplementedError
+
+    def _prepared(
+        self, given: Sequence[tuple[Tensor, Tensor]], written: Mapping[Tensor, Copies], numbers: Mapping[torch.device, Tensor]
+    ) -> Callable[[], None]:
+        """What launches an update of parameters, each with its local gradient, and of the FP8 copies of some.
+
+        It may be called again as long as `fixed` says so.
+
+        Args:
+            given: in the order of `_ordered`.
+            written: by parameter.
+            numbers: on each device a row for each parameter: (n, NUMBERS) fp32, whose bits are an int32 key for each of `purposes`;
+                then rates.
+        """
         raise NotImplementedError
 
     # From one format to another

@@ -62,8 +62,9 @@ def test_a_small_model_is_timed() -> None:
         assert 0 < result[f"{kind}_host_ms"] <= result[f"{kind}_ms"]
         assert 2 < result[f"{kind}_parameter_bytes"] < 17
     assert result["adamw_of_copy"] > 0  # more than 1 where all fits into the cache
+    assert 0 < result["step_host_ms"] <= result["step_ms"] and result["step_gpu_ms"] > 0
     done = subprocess.run([*COMMAND, "--precision", "fp8"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert all(result[f"{kind}_gpu_ms_{way}_copies"] > 0 for kind in ("muon", "adamw") for way in ("with", "without"))
-    assert result["cast_gpu_ms"] > 0
+    assert result["cast_gpu_ms"] > 0 and result["step_gpu_ms"] > 0

@@ -58,6 +58,21 @@ def shifted(what: Setup) -> float:
     return 2 * what.rows * what.shape.sequence_len * (what.shape.n_embd + 2) / GIB
 
 
+# The same in CUDA graphs, with optimizers that were not captured; 8901ae0, torch 2.11.
+IN_GRAPHS = {
+    "d12-fp8": 13.74,
+    "d24-fp8": 34.92,
+    "d24-fp8-e4m3": 29.54,
+}
+
+
+@pytest.mark.parametrize("case", IN_GRAPHS)
+def test_what_graphs_hold_beside_is_counted(case: str) -> None:
+    """To less than a workspace of cuBLAS, 0.03 GiB."""
+    what = replace(MEASURED[case][1], graphs=True, captured_updates=False)
+    assert predict(what).total / GIB + shifted(what) == pytest.approx(IN_GRAPHS[case], abs=0.02)
+
+
 @pytest.mark.parametrize("case", MEASURED)
 def test_predictions_are_within_5_percent_of_measurements(case: str) -> None:
     _, what, gib = MEASURED[case]
@@ -90,7 +105,7 @@ def test_lines_add_up_and_are_told() -> None:
     text = "\n".join(predicted.table())
     for part in ("log-sum-exp", "FP8 copies", "head: whole logits", "Muon: masters", "cuBLAS", "smaller ones", "other moments"):
         assert part in text
-    assert "27.39  GiB, the peak: backward of the head" in text
+    assert "27.42  GiB, the peak: backward of the head" in text
 
 
 def test_state_is_what_the_optimizers_hold() -> None:
@@ -217,7 +232,7 @@ def test_a_run_on_a_gpu_records_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert memory.beside(metrics, config, model("cpu"), 8, 1, 0.9) == "peak memory 0.9 GiB"
     text = memory.beside(metrics, config, model("cuda"), 8, 1, 15.17)
     metrics.close()
-    assert text == "peak memory 15.2 GiB (15.0 predicted: backward of the last MLP)"
+    assert text == "peak memory 15.2 GiB (15.1 predicted: backward of the last MLP)"
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["kind"] == "memory" and record["measured_gib"] == 15.17
     assert sum(record["lines"].values()) == pytest.approx(record["predicted_gib"], abs=0.01)

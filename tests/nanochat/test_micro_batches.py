@@ -83,9 +83,8 @@ def test_what_a_graph_must_not_go_on_with_is_seen() -> None:
     assert fixed(build_model(SHAPE, bf16(), torch.device("cpu"))) == ()
 
 
-@pytest.mark.parametrize("precision", [EMULATED, bf16()], ids=["fp8", "bf16"])
-def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> None:
-    it, plain = Steps(precision, "cpu", None), build_model(SHAPE, precision, torch.device("cpu"))
+def check_sums(it: Steps, precision: Precision, device: str) -> None:
+    plain = build_model(it.model.config, precision, torch.device(device))
     it.micro_batches.begin()
     where: list[list[int]] = []
     for tokens in it.tokens[:3]:
@@ -96,6 +95,11 @@ def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> Non
     assert where[0] == where[1] == where[2] and len(where[0]) == len(list(plain.parameters()))
     for (name, p), q in zip(plain.named_parameters(), it.model.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("precision", [EMULATED, bf16()], ids=["fp8", "bf16"])
+def test_gradients_are_summed_as_autograd_sums_them(precision: Precision) -> None:
+    check_sums(Steps(precision, "cpu", None), precision, "cpu")
 
 
 def test_refusals_name_their_reason() -> None:
@@ -115,12 +119,14 @@ def test_refusals_name_their_reason() -> None:
         )
 
 
-def test_the_optimizers_work_beside_a_graphs_memory() -> None:
+def test_optimizers_that_are_not_captured_work_beside_a_graphs_memory() -> None:
     setup = Setup(GPTConfig.from_depth(12, window_pattern="L"), fp8(RECIPES["delayed"]), 32)
     counted = Counted(setup)
     singly, graphs = predict(setup, counted), predict(replace(setup, graphs=True), counted)
-    assert graphs.moment == "the optimizer's step"
-    assert graphs.total == singly.total + counted.workspace()["Muon's workspace"]
+    beside = predict(replace(setup, graphs=True, captured_updates=False), counted)
+    assert graphs.moments == singly.moments and beside.moment == "the optimizer's step"
+    assert graphs.total == singly.total + 2 * 2**25, "a stream has its own workspaces of cuBLAS"
+    assert beside.total == graphs.total + counted.workspace()["Muon's workspace"]
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
@@ -151,6 +157,15 @@ def test_graphs_compute_what_single_launches_do(kind: str) -> None:
                 it.model.blocks[2].mlp.c_fc.weight.mul_(1.5)
         for _ in range(4):
             assert one.step() == other.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_gradients_are_summed_on_a_gpu_as_autograd_sums_them(kind: str) -> None:
+    with restored():
+        make_deterministic()
+        precision = bf16() if kind == "bf16" else on_gpu()
+        check_sums(Steps(precision, "cuda", "to compare with", WIDE), precision, "cuda")
 
 
 @pytest.mark.gpu

@@ -66,6 +66,8 @@ PEAKS = Peaks(bf16=1e12, fp8=2e12, bandwidth=1e11, memory=1, power=1, capability
         ("Memcpy DtoD (Device -> Device)", "casts and copies"),
         ("void transformer_engine::cast_transpose_general_kernel<float, __nv_fp8_e4m3>(...)", "Transformer Engine"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)", "additions (gradients)"),
+        ("void at::native::multi_tensor_apply_kernel<..., BinaryOpListAlphaFunctor<float, 2, 2, 0>>(...)", "additions (gradients)"),
+        ("void at::native::elementwise_kernel<..., at::native::gpu_kernel_impl_nocast<at::native::BinaryFunctor<...>>>", "other"),
         ("void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(...)", "other"),
         ("triton_poi_fused_add_0", "other"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),

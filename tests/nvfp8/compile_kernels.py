@@ -112,7 +112,7 @@ def call_everything() -> None:
                 for computed in (torch.bfloat16, torch.float16):
                     kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
             for computed in (torch.bfloat16, torch.float16):
-                kernels.normuon_scale(x.to(computed), scale, 0.9)
+                kernels.normuon_scale(x.to(computed), scale, 0.1)
             small = torch.zeros(2, 24, 12, dtype=torch.bfloat16)
             kernels.polar_express_(small, kernels.equilibrating_scale(small), (1.0,) * 15)
             rows_scale = kernels.equilibrating_scale(x.bfloat16())
@@ -191,7 +191,7 @@ def compile_copies(kernels: Any) -> None:
         scale, x = torch.ones(1, r, 1) if state == "e4m3" else torch.ones(1, 1, c), torch.zeros(1, r, c, dtype=torch.bfloat16)
         kernels.muon_descend_([weight], None if rest is None else rest[None], x, scale, 0.1, 0.1, [1], [copies])
         states = codec(state).allocate((r, c), "cpu"), codec(state, second_moment=True).allocate((r, c), "cpu")
-        kernels.adamw_([AdamWTensor(weight, torch.zeros_like(weight), *states, rest, (0.1,) * 6, 1, kept == "bf16+8", copies)])
+        kernels.adamw_([AdamWTensor(weight, torch.zeros_like(weight), *states, rest, torch.zeros(8), kept == "bf16+8", copies)])
 
 
 def compile_gemm_heads(kernels: Any) -> None:
@@ -218,7 +218,7 @@ def compile_adamw(kernels: Any) -> None:
         states = codec(first).allocate((size,), "cpu"), codec(second, second_moment=True).allocate((size,), "cpu")
         rest = master(kept).allocate(parameter)
         stochastic = kept != "fp32"
-        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, (0.1,) * 6, 1, stochastic)])
+        kernels.adamw_([AdamWTensor(parameter, torch.zeros(size, dtype=gradient), *states, rest, torch.zeros(8), stochastic)])
 
     codecs = [name for name in STATE_DTYPES if name != "e4m3" or CAPABILITY >= 89]  # Triton has no E4M3 before
     every = {*itertools.product(codecs, codecs[-1:]), *itertools.product(codecs[-1:], codecs)}

@@ -5,6 +5,7 @@ value over the border of two codes now and then; on a GPU fused multiply-adds do
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -32,8 +33,15 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def factors(step: int) -> tuple[float, float, float, float, float, float]:
-    return 0.1, 0.01, 0.02 / (1 - 0.9**step), 1 / (1 - 0.99**step), 1e-10, 1 - 0.02 * 0.1
+def numbers(key: int, *factors: float) -> Tensor:
+    """What `AdamWTensor.numbers` are, of six factors."""
+    row = torch.tensor([0.0, *factors, math.sqrt(factors[3])])
+    row.view(torch.int32)[0] = key
+    return row.to(DEVICE)
+
+
+def of_step(step: int, key: int) -> Tensor:
+    return numbers(key, 0.1, 0.01, 0.02 / (1 - 0.9**step), 1 / (1 - 0.99**step), 1e-10, 1 - 0.02 * 0.1)
 
 
 def made(first: str, second: str, kept: str, dtype: torch.dtype) -> list[AdamWTensor]:
@@ -44,7 +52,7 @@ def made(first: str, second: str, kept: str, dtype: torch.dtype) -> list[AdamWTe
         states = codec(first).allocate(shape, DEVICE), codec(second, second_moment=True).allocate(shape, DEVICE)
         rest = None if kept in ("whole", "nearest") else master(kept).allocate(parameter)
         gradient = torch.zeros(shape, device=DEVICE, dtype=dtype)
-        tensors.append(AdamWTensor(parameter, gradient, *states, rest, factors(1), 0, kept not in ("whole", "nearest")))
+        tensors.append(AdamWTensor(parameter, gradient, *states, rest, of_step(1, 0), kept not in ("whole", "nearest")))
     return tensors
 
 
@@ -52,7 +60,7 @@ def with_gradients(tensors: list[AdamWTensor], step: int) -> list[AdamWTensor]:
     spread = [torch.logspace(-3, 3, t.parameter.numel(), device=DEVICE).view(t.parameter.shape) for t in tensors]
     return [
         t._replace(
-            gradient=(random(SIZES[i], 100 * step + i) * spread[i]).to(t.gradient.dtype), factors=factors(step), key=step * 31 + i
+            gradient=(random(SIZES[i], 100 * step + i) * spread[i]).to(t.gradient.dtype), numbers=of_step(step, step * 31 + i)
         )
         for i, t in enumerate(tensors)
     ]
@@ -132,7 +140,9 @@ def test_tensors_do_not_see_each_other_and_neither_do_steps() -> None:
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.parameter, other.parameter)
         assert torch.equal(one.exp_avg.data.view(torch.uint8), other.exp_avg.data.view(torch.uint8))
-    another = [t._replace(key=t.key + 1) for t in with_gradients(made("e4m3", "e4m3", "bf16", torch.float32), 1)]
+    another = with_gradients(made("e4m3", "e4m3", "bf16", torch.float32), 1)
+    for t in another:
+        t.numbers.view(torch.int32)[0] += 1
     kernels.adamw_(another)
     changed = another[-1].exp_avg.data.view(torch.uint8) != together[-1].exp_avg.data.view(torch.uint8)
     assert changed.float().mean() > 0.2
@@ -142,7 +152,7 @@ def test_memory_around_a_tensor_is_left_alone() -> None:
     buffers = [torch.full((300,), 7.0, device=DEVICE, dtype=d) for d in (torch.bfloat16, torch.bfloat16, torch.float32)]
     weight, m, v = (b[100:235] for b in buffers)
     states = codec("bf16").allocate((135,), DEVICE)._replace(data=m), codec("fp32").allocate((135,), DEVICE)._replace(data=v)
-    kernels.adamw_([AdamWTensor(weight, random((135,), 1), *states, None, factors(1), 1, True)])
+    kernels.adamw_([AdamWTensor(weight, random((135,), 1), *states, None, of_step(1, 1), True)])
     for buffer in buffers:
         assert (buffer[:100] == 7).all() and (buffer[235:] == 7).all() and (buffer[100:235] != 7).all()
 
@@ -151,7 +161,7 @@ def test_nothing_to_do_is_no_launch() -> None:
     kernels.adamw_([])
     empty = torch.zeros(0, device=DEVICE)
     states = codec("fp32").allocate((0,), DEVICE), codec("fp32").allocate((0,), DEVICE)
-    kernels.adamw_([AdamWTensor(empty, empty, *states, None, factors(1), 0, False)])
+    kernels.adamw_([AdamWTensor(empty, empty, *states, None, of_step(1, 0), False)])
 
 
 def test_a_weight_that_was_written_beside_its_master_counts_and_no_other_does() -> None:
@@ -182,8 +192,8 @@ def test_adversarial_blocks_of_roots_come_out_of_the_kernel_as_of_the_twin(block
     results = []
     for module in (kernels, reference):
         states = codec(form).allocate((128,), DEVICE), codec(form, second_moment=True).allocate((128,), DEVICE)
-        weight, whole = torch.zeros(128, device=DEVICE), (1.0, 1.0, 0.1, 1.0, 1e-8, 1.0)
-        module.adamw_([AdamWTensor(weight, gradient, *states, None, whole, 3, True)])
+        weight, whole = torch.zeros(128, device=DEVICE), numbers(3, 1.0, 1.0, 0.1, 1.0, 1e-8, 1.0)
+        module.adamw_([AdamWTensor(weight, gradient, *states, None, whole, True)])
         second = states[1].data.float()
         assert second.isfinite().all() and torch.equal(second > 0, gradient * gradient > 0), (
             "what is not 0 has a root that is not 0"
@@ -201,7 +211,7 @@ def test_gradients_may_be_strided_and_addresses_odd() -> None:
         buffer, strided = random((4104,), 1, torch.bfloat16), random((128, 32), 2).t()
         states = codec("bf16").allocate((32, 128), DEVICE), codec("fp32", second_moment=True).allocate((32, 128), DEVICE)
         weight = buffer[1 : 1 + 4096].view(32, 128)
-        module.adamw_([AdamWTensor(weight, strided, *states, None, factors(1), 1, True)])
+        module.adamw_([AdamWTensor(weight, strided, *states, None, of_step(1, 1), True)])
         results.append((buffer, states[0].data, states[1].data))
     for ours, twins in zip(*results, strict=True):
         part, _ = off(ours, twins)
@@ -220,7 +230,7 @@ def test_a_launch_is_told_of_alignment_only_where_16_divides_everything(monkeypa
     for offset, size in ((0, 4096), (1, 4096), (8, 4096), (0, 4095)):
         weight = torch.zeros(4104, device=DEVICE, dtype=torch.bfloat16)[offset : offset + size]
         states = codec("bf16").allocate((size,), DEVICE), codec("bf16", second_moment=True).allocate((size,), DEVICE)
-        kernels.adamw_([AdamWTensor(weight, random((size,), 1), *states, None, factors(1), 1, True)])
+        kernels.adamw_([AdamWTensor(weight, random((size,), 1), *states, None, of_step(1, 1), True)])
     assert told == [True, False, True, False]
 
 
@@ -235,7 +245,7 @@ def test_what_is_worked_out_of_sizes_is_kept_with_the_optimizer_and_bounded(monk
         size = blocks * adamw.BLOCK
         states = codec("fp32").allocate((size,), DEVICE), codec("fp32").allocate((size,), DEVICE)
         empty = torch.zeros(size, device=DEVICE)
-        kernels.adamw_([AdamWTensor(empty, empty, *states, None, factors(1), 0, False)], plans)
+        kernels.adamw_([AdamWTensor(empty, empty, *states, None, of_step(1, 0), False)], plans)
         assert len(plans) <= adamw.PLANS
     assert built.call_count == 80
 
@@ -246,7 +256,7 @@ def test_state_on_another_device_is_refused() -> None:
     else:
         states = codec("fp32").allocate((8,), "cpu"), codec("fp32").allocate((8,), DEVICE)
     with pytest.raises(AssertionError, match="lies on one device"):
-        kernels.adamw_([AdamWTensor(random((8,), 1), random((8,), 2), *states, None, factors(1), 0, False)])
+        kernels.adamw_([AdamWTensor(random((8,), 1), random((8,), 2), *states, None, of_step(1, 0), False)])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -97,11 +97,13 @@ def test_adamw_writes_copies_of_what_it_stores_and_stores_the_same(
         states = codec(state).allocate(shape, DEVICE), codec(state, second_moment=True).allocate(shape, DEVICE)
         rest, into = None if kept == "whole" else master(kept).allocate(weight), Buffers(1, *shape, 16)
         for step in (1, 2):  # the second decodes what the first stored
-            factors = 0.1, 0.01, 0.02 / (1 - 0.9**step), 1 / (1 - 0.99**step), 0.0, 0.998
+            unbias2 = 1 / (1 - 0.99**step)
+            numbers = torch.tensor([0.0, 0.1, 0.01, 0.02 / (1 - 0.9**step), unbias2, 0.0, 0.998, unbias2**0.5], device=DEVICE)
+            numbers.view(torch.int32)[0] = 5 * step
             gradient = (random(*shape, seed=10 + step) * torch.logspace(-3, 3, shape[1], device=DEVICE)).to(dtype)
             into.amax.zero_()
             copies = into.copies[0] if copied else None
-            function([AdamWTensor(weight, gradient, *states, rest, factors, 5 * step, kept not in ("whole", "fp32"), copies)])
+            function([AdamWTensor(weight, gradient, *states, rest, numbers, kept not in ("whole", "fp32"), copies)])
         if copied:
             into.check([weight])
         results.append([weight, rest, *states[0], *states[1]])

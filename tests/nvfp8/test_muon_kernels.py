@@ -174,10 +174,10 @@ def test_adversarial_blocks_come_out_of_the_kernel_as_of_the_twin(block: str, na
 
 
 def test_addresses_that_16_does_not_divide_are_seen() -> None:
-    from nvfp8.kernels.muon import _table
+    from nvfp8.kernels.muon import Addressed
 
     whole = torch.zeros(4104, device=DEVICE, dtype=torch.bfloat16)
-    assert [_table([whole[i : i + 4096]], None)[1] for i in (0, 1, 8)] == [True, False, True]
+    assert [Addressed([whole[i : i + 4096]]).aligned for i in (0, 1, 8)] == [True, False, True]
     x, scale = random(1, 32, 128, seed=1), torch.ones(1, 32, 1, device=DEVICE)
     results = []
     for module in (kernels, reference):
@@ -202,7 +202,7 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) 
     kernels.muon_descend_([w], None, x, torch.ones(1, 4, 1, device=DEVICE), 0.1, 0.1)
     kernels.symmetric_product_(x, x, torch.empty(1, 4, 4, device=DEVICE))
     moments = codec("fp32").allocate((4, 8), DEVICE), codec("fp32").allocate((4, 8), DEVICE)
-    kernels.adamw_([reference.AdamWTensor(w, w.clone(), *moments, None, (0.1,) * 6, 1, True)])
+    kernels.adamw_([reference.AdamWTensor(w, w.clone(), *moments, None, torch.full((8,), 0.1, device=DEVICE), True)])
     assert len(on) == 4
     with pytest.raises(AssertionError, match="lies on one device"):
         kernels.muon_descend_([w], None, x, torch.ones(1, 4, 1, device="meta"), 0.1, 0.1)
@@ -219,15 +219,16 @@ def test_a_momentum_and_its_weight_are_rounded_by_different_bits(monkeypatch: py
     class Listening:
         equilibrating_scale = staticmethod(reference.equilibrating_scale)
         normuon_scale = staticmethod(reference.normuon_scale)
+        addressed = staticmethod(reference.addressed)
 
         @staticmethod
         def muon_nesterov_(*arguments: Any) -> None:
-            keys.append(arguments[6])
+            keys.append(arguments[6].tolist())
             reference.muon_nesterov_(*arguments)
 
         @staticmethod
         def muon_descend_(*arguments: Any) -> None:
-            keys.append(arguments[6])
+            keys.append(arguments[6].tolist())
             reference.muon_descend_(*arguments)
 
     monkeypatch.setattr("nvfp8.optim.muon.ops", lambda x: Listening)

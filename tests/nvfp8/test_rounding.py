@@ -9,7 +9,23 @@ import torch
 from torch import Tensor
 
 from nvfp8 import rounding
-from nvfp8.rounding import BLOCK, FORMATS, decode, draw, encode, join, key, random_bits, split, square_root, three, to_grid, uniform
+from nvfp8.rounding import (
+    BLOCK,
+    FORMATS,
+    decode,
+    draw,
+    encode,
+    join,
+    key,
+    keys,
+    random_bits,
+    split,
+    spread,
+    square_root,
+    three,
+    to_grid,
+    uniform,
+)
 
 DTYPES = list(FORMATS)
 
@@ -236,3 +252,10 @@ def test_an_update_far_below_bf16s_spacing_survives(remainder: torch.dtype | Non
     assert abs(float(moved) / (10_000 * 2**-20) - 1) < (0.15 if remainder is None else 0.02)
     if remainder is torch.int16:
         assert torch.equal(join(weight, rest), exact)
+
+
+def test_keys_of_many_tensors_are_the_keys_of_each() -> None:
+    seeds, steps, names, purposes = [0, 7, 7, -3], [1, 2, 900_000, 2], [0xFFFFFFFF, 5, 0, 2**31], [0, 4, 1]
+    every = keys(seeds, steps, torch.tensor([spread(name) for name in names]), purposes)
+    each = zip(seeds, steps, names, strict=True)
+    assert every.tolist() == [[key(seed, step, name, purpose) for purpose in purposes] for seed, step, name in each]

@@ -1,0 +1,182 @@
+"""One step of some parameters, taken apart: what the host does each time, and launches that are the same every time.
+
+Launches depend on addresses, dtypes and formats, all known beforehand (`StoredOptimizer.fixed`). What changes from step to step,
+rates and keys of rounding, lies in a table of eight numbers a parameter, which kernels read from memory:
+
+    begin      uploads the step's numbers, says which FP8 copies of weights are about to be written
+    renew      launches: scales of those copies
+    launch     launches: all updates
+    finish     counts the step, and raises version counters, by which layers and graphs of autograd see that weights have changed
+
+An optimizer's own step makes an `Update`, and runs through it once. `Replayed` keeps those of several optimizers: their launches
+are captured in a CUDA graph, and a step is `begin`, one launch of the graph, and `finish`. AdamW is bound by memory, Muon by its
+products, so in the graph they run beside each other: Muon on the stream of the capture, which should have priority, for it is the
+longer, and AdamW in what that leaves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nvfp8 import copies, rounding
+from nvfp8.optim.shards import placed
+
+if TYPE_CHECKING:
+    from nvfp8.optim.stored import StoredOptimizer
+
+NUMBERS = 8  # fp32 words of a parameter: 32 bytes, so that every row is aligned like the first
+_READABLE = (torch.float32, torch.bfloat16)  # gradients that kernels take as they are
+
+
+class Update:
+    """One step of some of an optimizer's parameters, to be made once or again and again.
+
+    Attributes:
+        optimizer: whose they are.
+        found: FP8 copies that are written, with their parameters.
+        on_gpu: whether any parameter is.
+    """
+
+    def __init__(self, optimizer: "StoredOptimizer", given: Sequence[tuple[Tensor, Tensor]]):
+        """Find out what has to be launched, and upload what launches need of it.
+
+        Args:
+            optimizer: whose parameters they are.
+            given: at least one parameter with its local gradient.
+        """
+        given = optimizer._ordered(given)
+        self.optimizer, self._parameters = optimizer, [p for p, _ in given]
+        self._entries = [optimizer.state[p] for p in self._parameters]
+        self._groups = [optimizer._group_of[p] for p in self._parameters]
+        self._hashes = torch.tensor([rounding.spread(optimizer._hashes[p]) for p in self._parameters], device="cpu")
+        # Parameters of one kind in one group have one set of rates: of each set the first, and which set is whose.
+        sets: dict[Any, int] = {}
+        self._sets = [
+            sets.setdefault((id(group), optimizer._kind(p)), len(sets))
+            for p, group in zip(self._parameters, self._groups, strict=True)
+        ]
+        self._firsts = [(self._parameters[row], self._groups[row]) for row in map(self._sets.index, range(len(sets)))]
+        self.find()
+        devices = {p.device for p in self._parameters}
+        self.on_gpu = any(device.type == "cuda" for device in devices)
+        self._numbers = {device: torch.empty(len(given), NUMBERS, dtype=torch.float32, device=device) for device in devices}
+        written = {p: held.part(p) for p, held in self.found}
+        self.launch: Callable[[], None] = optimizer._prepared(given, written, self._numbers)
+        self._rounds: list[copies.Held] = []
+
+    def find(self) -> None:
+        """Look up the FP8 copies to be written. They are their layers', so none is kept beyond a step."""
+        optimizer = self.optimizer
+        self.found = copies.writable((p for p in self._parameters if optimizer._writes_copies(p)), optimizer._names)
+
+    def begin(self) -> None:
+        """Upload the step's numbers."""
+        self._rounds = copies.begin(self.found)
+        numbers = self._of_this_step()
+        if self.on_gpu:
+            numbers = numbers.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
+        for place in self._numbers.values():
+            place.copy_(numbers, non_blocking=True)
+
+    def _of_this_step(self) -> Tensor:
+        """(n, NUMBERS) fp32 on the CPU: bits of an int32 key for each of the optimizer's purposes, then rates."""
+        steps = [int(n) + 1 for n in torch.stack([entries["step"] for entries in self._entries]).tolist()]
+        purposes, seeds = self.optimizer.purposes, [group["seed"] for group in self._groups]
+        numbers = torch.zeros(len(steps), NUMBERS, dtype=torch.float32, device="cpu")
+        numbers.view(torch.int32)[:, : len(purposes)] = rounding.keys(seeds, steps, self._hashes, purposes)
+        known: dict[tuple[int, int], int] = {}
+        rows = [known.setdefault(each, len(known)) for each in zip(self._sets, steps, strict=True)]
+        rates = torch.tensor([self.optimizer._rates(*self._firsts[which], n) for which, n in known], device="cpu")
+        numbers[:, len(purposes) : len(purposes) + rates.size(1)] = rates[torch.tensor(rows, device="cpu")]
+        return numbers
+
+    def renew(self) -> None:
+        """Launch what gives the copies their scales."""
+        copies.renew(self._rounds)
+
+    def finish(self) -> None:
+        """Count the step, and let parameters and their copies be seen as changed, which kernels do not."""
+        torch._foreach_add_([entries["step"] for entries in self._entries], 1)
+        torch.autograd.graph.increment_version(self._parameters)
+        copies.finish(self.found)
+        self.found, self._rounds = [], []
+
+
+def repeatable(optimizers: Sequence["StoredOptimizer"]) -> bool:
+    """Whether the launches of a step of all parameters may serve for others as well.
+
+    Not where a parameter has no gradient, or one that is converted before it is read; nor on several devices, where DTensors are
+    updated, or half of what shares FP8 copies.
+    """
+    given = [(p, p.grad) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return (
+        len({p.device for p, _ in given}) == 1
+        and all(g is not None and g.is_contiguous() and g.dtype in _READABLE and not placed(p) for p, g in given)
+        and len({(p.dtype, g.dtype) for p, g in given if g is not None}) == len({p.dtype for p, _ in given})
+    )
+
+
+class Replayed:
+    """A step of several optimizers, captured once and replayed as long as it would launch the same."""
+
+    def __init__(self, optimizers: Sequence["StoredOptimizer"]):
+        """Prepare the updates of all parameters, of optimizers that are `repeatable`."""
+        self._updates = []
+        for optimizer in optimizers:
+            given = [(p, g) for group in optimizer.param_groups for p in group["params"] if (g := p.grad) is not None]
+            if given:
+                self._updates.append(Update(optimizer, given))
+        self._optimizers, self._replay = optimizers, None
+        # What is told apart by ids must live as long as this does.
+        self._known = [(p.grad, *entries.values()) for update in self._updates for p, entries in update.optimizer.state.items()]
+        self._fixed = self._now()
+        self._beside = [torch.cuda.Stream(priority=0) if update.on_gpu else None for update in self._updates[:-1]]  # the lowest
+
+    _replay: Callable[[], None] | None
+
+    def _now(self) -> object:
+        """What the launches go by."""
+        return [optimizer.fixed() for optimizer in self._optimizers], [copies.fixed(update.found) for update in self._updates]
+
+    @torch.no_grad()
+    def step(self, capture: Callable[[Callable[[], None]], Callable[[], None]]) -> bool:
+        """Make a step, unless something has changed by which launches go, or copies are half written.
+
+        Args:
+            capture: captures what the function that it is given launches, without running it, and returns what replays it. It is
+                asked the first time.
+
+        Returns:
+            Whether it was made.
+        """
+        for update in self._updates:
+            update.find()
+        if self._now() != self._fixed or any(held.within for update in self._updates for _, held in update.found):
+            return False
+        for update in self._updates:
+            update.begin()
+        if self._replay is None:
+            self._replay = capture(self._launch)
+        self._replay()
+        for update in self._updates:
+            update.finish()
+        return True
+
+    def _launch(self) -> None:
+        """Launch everything, all but the last optimizer's updates on streams beside the current one."""
+        for update in self._updates:
+            update.renew()
+        *others, last = self._updates
+        for update, stream in zip(others, self._beside, strict=True):
+            if stream is None:
+                update.launch()
+                continue
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                update.launch()
+        last.launch()
+        for stream in self._beside:
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
