@@ -200,7 +200,9 @@ def plan(where: Device, config: TrainConfig, wanted: Choice, vocab_size: int, ro
     made = _measured(where, config, shape, wanted, chosen)
     compared = None
     if made is not None:
-        then = replace(setup, rows=chosen, accumulation=roofline.MICRO_BATCHES, graphs=made.graphs)
+        then = replace(
+            setup, rows=chosen, accumulation=roofline.MICRO_BATCHES, graphs=made.graphs, captured_updates=made.captured_updates
+        )
         compared = made, predict(then, counted)
     return Row(wanted, chosen, any_rows, memory, fits, rate, planned, time, depth, compared, shape.n_layer)
 
@@ -337,7 +339,7 @@ def _times(row: Row) -> dict[str, float]:
 def _notes(known: Peaks, rows: list[Row]) -> list[str]:
     notes = [
         "The peaks: " + "; ".join(f"{row.choice.label}: {row.memory.moment}" for row in rows) + ".",
-        "Memory is counted; beside 20 measured runs on an H100 and an H200, where smear kept more, it errs by 1.4 % at most; on",
+        "Memory is counted; beside 20 measured runs on an H100 and an H200, where smear kept more, it errs by 1.1 % at most; on",
         "other chips nothing was measured. Time takes efficiencies measured on an H100 as parts of this GPU's peaks: within 4 %",
         "of 10 runs there, which it is partly made from; own FP8 on an H200 it puts 4 % (d24) and 11 % (d12) too fast; on other",
         "GPUs it is a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",

@@ -204,6 +204,7 @@ class Measured:
         gib: peak of the allocator.
         commit: what ran.
         graphs: whether micro-batches were captured (`nanochat/micro_batches.py`), which is a matter of memory too.
+        captured_updates: whether the optimizers' step was.
     """
 
     device: str
@@ -215,6 +216,7 @@ class Measured:
     gib: float
     commit: str
     graphs: bool = False
+    captured_updates: bool = False
 
 
 MICRO_BATCHES = 8  # a step, of all of these
