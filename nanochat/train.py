@@ -82,10 +82,12 @@ class Run:
         self.metrics: Metrics | None = None
         self.failure: Exception | None = None
         with parallel.together():
+            # First what no other flag can mend; the width does not depend on the vocabulary.
+            tokens, width = config.device_batch_size * config.max_seq_len, config.shape(1).n_embd
+            precision, why = choose_precision(config.precision, world.device.type, config.engine, (tokens, width))
             self.tokenizer = Tokenizer.load(config.tokenizer or base_dir() / "tokenizer")
             source = resolve(config.data)
-            shape, tokens = config.shape(self.tokenizer.vocab_size), config.device_batch_size * config.max_seq_len
-            precision, why = choose_precision(config.precision, world.device.type, config.engine, (tokens, shape.n_embd))
+            shape = config.shape(self.tokenizer.vocab_size)
             check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
             precision = config.formats.stored_by(precision, world.device.type, config.adamw)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)

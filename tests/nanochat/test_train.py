@@ -382,6 +382,7 @@ def test_resuming_with_another_shape_or_tokenizer_is_refused(config: TrainConfig
         (["--depth", "deep"], "invalid int value: 'deep'"),
         (["--precision", "fp4"], "invalid choice: 'fp4'"),
         (["--depth", "0"], "--depth is 0: it must be at least 1"),
+        (["--precision", "fp8", "--device-type", "cpu", "--tokenizer", "nowhere"], "--precision fp8: it needs a CUDA device"),
     ],
 )
 def test_the_command_line_refuses_in_one_line_with_status_2(arguments: list[str], message: str) -> None:
