@@ -62,6 +62,7 @@ class Work:
         bf16: FLOPs of GEMMs in bf16.
         attention: its FLOPs, keys it pays for and does not see included.
         moved: bytes between those.
+        added: of them, bytes of additions to gradients' sums.
         polar: FLOPs of Muon's products, once a step, by the way it goes: the keys of POLAR.
         updated: bytes of the optimizers' step.
     """
@@ -70,6 +71,7 @@ class Work:
     bf16: float
     attention: float
     moved: float
+    added: float
     polar: dict[str, float]
     updated: float
 
@@ -88,11 +90,14 @@ def work(counted: Counted, rows: int) -> Work:
     in_fp8, again = flops_in_fp8(counted.model), made_again(counted.model)
     written = ((p, copies(precision, name)) for name, p in counted.model.named_parameters())
     cast = sum(p.numel() * (2 + layouts) for p, layouts in written if layouts)  # a weight in bf16, and its copies
+    added = 3 * precision.matrix_dtype.itemsize * (matrices + head)
+    between = _between(shape, precision, tokens, matrices, head, te_head) + again * _AGAIN * tokens * shape.n_embd
     return Work(
         fp8=(in_fp8 + again * 8 * shape.n_embd**2) * tokens,  # c_fc (4D, D) once more
         bf16=(6 * (matrices + head) - in_fp8) * tokens,
         attention=12 * shape.n_embd * tokens * sum(keys(shape, layer) + KEYS_MORE for layer in range(shape.n_layer)),
-        moved=_moved(shape, precision, tokens, matrices, head, te_head) + again * _AGAIN * tokens * shape.n_embd,
+        moved=between + added,
+        added=added,
         polar=_polar(counted),
         # States are read and written, gradients looked at and read, weights read and written; Muon's x is passed over 8 times.
         updated=2 * sum(counted.states.values()) + 2 * sum(counted.gradients().values())
@@ -106,8 +111,8 @@ def keys(shape: GPTConfig, layer: int) -> float:
     return window + 1 - window * (window + 1) / (2 * length)
 
 
-def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, head: int, te_head: bool) -> float:
-    """Bytes that are moved between a micro-batch's GEMMs."""
+def _between(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, head: int, te_head: bool) -> float:
+    """Bytes that are moved between a micro-batch's GEMMs, but for sums of gradients."""
     x = tokens * shape.n_embd
     scaling = _scaling(precision)
     fastest = _OWN_FP8 if isinstance(precision, FP8Precision) else _TE
@@ -124,7 +129,7 @@ def _moved(shape: GPTConfig, precision: Precision, tokens: int, matrices: int, h
         moved += 4 * logits + chunks * 8 * head  # dW is read and written once a chunk
     if precision.matrix_dtype != precision.compute_dtype:
         moved += 12 * matrices + 6 * head  # weights are cast where they are used, forward and backward
-    return moved + 3 * precision.matrix_dtype.itemsize * (matrices + head)  # gradients are added to their sums
+    return moved
 
 
 def _scaling(precision: Precision) -> str | None:

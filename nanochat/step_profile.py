@@ -4,9 +4,10 @@
           = bytes / bandwidth                for what lies between them, and for the optimizers' passes
           = nothing                          for what ranks send each other
 
-FLOPs and bytes are counted (`nanochat/roofline.py`), not measured: what our kernels must move, whatever they do. So a family far
-from its floor is either slow or does what it need not. A kernel is in exactly one family, found by its name, and what no family
-claims is under "other": look at the trace before believing a small "other".
+Bytes of the optimizers' passes, of additions to gradients and of all that lies between GEMMs are counted apart: a cast, say, is
+between GEMMs whoever makes it. FLOPs and bytes are counted (`nanochat/roofline.py`), not measured: what our kernels must move,
+whatever they do. So a family far from its floor is either slow or does what it need not. A kernel is in exactly one family, found
+by its name, and what no family claims is under "other": look at the trace before believing a small "other".
 
 Below the table stands how long the GPU was idle (`nanochat/idle.py`). The profiler, and the allocator that remembers, slow the
 host, so that is more than without them: the step before says by how much, since kernels take the same time in it.
@@ -46,6 +47,8 @@ _BY_FILE = {
     "symmetric": "GEMMs",
     "adamw": "optimizers' kernels",
     "muon": "optimizers' kernels",
+    "muon_norms": "optimizers' kernels",
+    "polar_express": "optimizers' kernels",
 }
 OURS = {name: _BY_FILE.get(stem, "our Triton kernels") for stem, names in _FILES.items() for name in names}
 # After OURS, the first that matches: attention's kernels are made with CUTLASS too, and embedding gradients copy what they sort.
@@ -62,6 +65,8 @@ FAMILIES = (
     ("additions (gradients)", re.compile(r"CUDAFunctor_add|CUDAFunctorOnSelf_add|BinaryOpListAlphaFunctor")),
 )
 _LIMITED_BY_FLOPS = ("GEMMs", "attention")
+# Their bytes are counted apart. All others share what passes between GEMMs must move.
+_UPDATES, _ADDITIONS, _ALL_ELSE = "optimizers' kernels", "additions (gradients)", "all else"
 
 
 def family(kernel: str) -> str:
@@ -76,21 +81,21 @@ class Floor:
     Attributes:
         gemms: FLOPs by format: "FP8" and "bf16".
         attention: its FLOPs, of the keys that queries see.
-        moved: bytes between GEMMs and in the optimizers' passes.
+        moved: bytes by family: optimizers' kernels, additions of gradients, and "all else", what lies between GEMMs.
     """
 
     gemms: dict[str, float]
     attention: float
-    moved: float
+    moved: dict[str, float]
 
     def milliseconds(self, known: Peaks) -> dict[str, float]:
-        """Shortest times: of "GEMMs", "attention" and "all else"."""
+        """Shortest times: of "GEMMs", "attention" and the families of `moved`."""
         rates = {"bf16": known.bf16, "FP8": known.fp8 or known.bf16}
         seconds = sum(flops / rates[kind] for kind, flops in self.gemms.items())
         return {
             "GEMMs": 1e3 * seconds,
             "attention": 1e3 * self.attention / known.bf16,
-            "all else": 1e3 * self.moved / known.bandwidth,
+            **{family: 1e3 * size / known.bandwidth for family, size in self.moved.items()},
         }
 
 
@@ -106,7 +111,7 @@ def floor(done: roofline.Work, shape: GPTConfig, rows: int, accumulation: int) -
     return Floor(
         {"FP8": accumulation * done.fp8, "bf16": accumulation * done.bf16 + sum(done.polar.values())},
         accumulation * 12 * shape.n_embd * rows * shape.sequence_len * seen,
-        accumulation * done.moved + done.updated,
+        {_UPDATES: done.updated, _ADDITIONS: accumulation * done.added, _ALL_ELSE: accumulation * (done.moved - done.added)},
     )
 
 
@@ -170,7 +175,8 @@ def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -
     total = sum(ms for _, ms in sums.values())
     floors = least.milliseconds(known) if least and known else {}
     work = {} if least is None else {"GEMMs": f"{sum(least.gemms.values()) / 1e12:.1f} TFLOP"}
-    work |= {} if least is None else {"attention": f"{least.attention / 1e12:.1f} TFLOP", "all else": f"{least.moved / 1e9:.1f} GB"}
+    work |= {} if least is None else {"attention": f"{least.attention / 1e12:.1f} TFLOP"}
+    work |= {} if least is None else {family: f"{size / 1e9:.1f} GB" for family, size in least.moved.items()}
 
     def line(name: str, launches: float, ms: float, group: str = "") -> str:
         shortest = floors.get(group)
@@ -179,10 +185,11 @@ def table(kernels: Iterable[Kernel], least: Floor | None, known: Peaks | None) -
             end if group else ""
         )
 
-    others = {name: value for name, value in sums.items() if name not in (*_LIMITED_BY_FLOPS, COMMUNICATION)}
+    apart = (*_LIMITED_BY_FLOPS, _UPDATES, _ADDITIONS)
+    others = {name: value for name, value in sums.items() if name not in (*apart, COMMUNICATION)}
     lines = [f"{'family':<26}{'ms':>10}{'share':>8}{'launches':>10}{'must do':>16}{'floor, ms':>11}{'of it':>9}"]
-    lines += [line(name, *sums[name], name) for name in _LIMITED_BY_FLOPS if name in sums]
-    lines.append(line("all else", sum(n for n, _ in others.values()), sum(ms for _, ms in others.values()), "all else"))
+    lines += [line(name, *sums[name], name) for name in apart if name in sums]
+    lines.append(line(_ALL_ELSE, sum(n for n, _ in others.values()), sum(ms for _, ms in others.values()), _ALL_ELSE))
     lines += [line(f"  {name}", *value).removesuffix(f"{'-':>16}") for name, value in others.items()]
     if COMMUNICATION in sums:
         lines.append(line(COMMUNICATION, *sums[COMMUNICATION], COMMUNICATION))

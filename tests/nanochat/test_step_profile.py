@@ -90,6 +90,9 @@ def test_our_kernels_are_read_from_their_sources() -> None:
     assert set(OURS.values()) == {"our Triton kernels", "GEMMs", "optimizers' kernels"}
 
 
+LEAST = Floor(
+    {"FP8": 4e10, "bf16": 1e10}, 4e9, {"optimizers' kernels": 2e8, "additions (gradients)": 1e8, "all else": 5e8}
+)  # fmt: skip
 KERNELS = [("nvjet_a", 8, 60.0), ("nvjet_b", 4, 20.0), ("flash", 2, 10.0), ("_norm_forward", 4, 8.0), ("strange", 2, 2.0)]
 
 
@@ -98,28 +101,31 @@ def test_families_are_summed_and_divided() -> None:
 
 
 def test_a_table_by_hand() -> None:
-    """1e10 bf16 FLOPs take 10 ms at 1e12/s, 4e10 in FP8 20 ms at 2e12/s, attention's 4e9 4 ms, 5e8 bytes 5 ms."""
-    lines = table(KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8), PEAKS)
+    """1e10 bf16 FLOPs take 10 ms at 1e12/s, 4e10 in FP8 20 ms at 2e12/s, attention's 4e9 4 ms, 1e8 bytes 1 ms."""
+    kernels = [*KERNELS, ("_adamw", 1, 4.0), ("_column_squares", 1, 1.0), ("x CUDAFunctor_add<float>", 3, 2.0)]
+    lines = table(kernels, LEAST, PEAKS)
     assert [line.split() for line in lines[1:]] == [
-        ["GEMMs", "80.00", "80.0%", "12", "0.1", "TFLOP", "30.00", "37.5%"],
-        ["attention", "10.00", "10.0%", "2", "0.0", "TFLOP", "4.00", "40.0%"],
-        ["all", "else", "10.00", "10.0%", "6", "0.5", "GB", "5.00", "50.0%"],
-        ["our", "Triton", "kernels", "8.00", "8.0%", "4"],
-        ["other", "2.00", "2.0%", "2"],
-        ["sum", "100.00", "39.00", "39.0%"],
+        ["GEMMs", "80.00", "74.8%", "12", "0.1", "TFLOP", "30.00", "37.5%"],
+        ["attention", "10.00", "9.3%", "2", "0.0", "TFLOP", "4.00", "40.0%"],
+        ["optimizers'", "kernels", "5.00", "4.7%", "2", "0.2", "GB", "2.00", "40.0%"],
+        ["additions", "(gradients)", "2.00", "1.9%", "3", "0.1", "GB", "1.00", "50.0%"],
+        ["all", "else", "10.00", "9.3%", "6", "0.5", "GB", "5.00", "50.0%"],
+        ["our", "Triton", "kernels", "8.00", "7.5%", "4"],
+        ["other", "2.00", "1.9%", "2"],
+        ["sum", "107.00", "42.00", "39.3%"],
     ]
 
 
 def test_what_ranks_send_each_other_has_no_floor() -> None:
-    alone, least = KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8)
+    alone, least = KERNELS, LEAST
     lines = [line.split() for line in table([*alone, ("ncclDevKernel_Reduce_Sum_bf16_RING_LL", 3, 100.0)], least, PEAKS)]
     assert ["communication", "100.00", "50.0%", "3", "-", "-", "-"] in lines
     assert ["all", "else", "10.00", "5.0%", "6", "0.5", "GB", "5.00", "50.0%"] in lines  # as without it
-    assert lines[-1] == ["sum", "200.00", "39.00", "19.5%"]
+    assert lines[-1] == ["sum", "200.00", "42.00", "21.0%"]
 
 
 def test_without_peaks_there_is_no_floor() -> None:
-    lines = table(KERNELS, Floor({"FP8": 4e10, "bf16": 1e10}, 4e9, 5e8), None)
+    lines = table(KERNELS, LEAST, None)
     assert lines[1].split() == ["GEMMs", "80.00", "80.0%", "12", "0.1", "TFLOP", "-", "-"]
     assert lines[-1].split() == ["sum", "100.00"]
     assert table([], None, None)[-1].split() == ["sum", "0.00"]
@@ -133,12 +139,14 @@ def test_a_floor_counts_what_queries_see_and_the_optimizers_once() -> None:
     assert once.attention == pytest.approx(12 * 128 * 2 * 2 * pairs)  # width, rows, layers
     assert thrice.attention == 3 * once.attention and thrice.gemms["FP8"] == 3 * once.gemms["FP8"] == 3 * done.fp8
     assert thrice.gemms["bf16"] - once.gemms["bf16"] == pytest.approx(2 * done.bf16)
-    assert thrice.moved - once.moved == pytest.approx(2 * done.moved)
+    assert sum(thrice.moved.values()) - sum(once.moved.values()) == pytest.approx(2 * done.moved)
+    assert thrice.moved["optimizers' kernels"] == once.moved["optimizers' kernels"] == done.updated
+    assert once.moved["additions (gradients)"] == done.added == 3 * 2 * (2 * 12 * 128**2 + 256 * 128 + 24)  # blocks, head, a gate
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of what a CPU can record")
 def test_a_step_on_a_cpu_is_recorded(tmp_path: Path) -> None:
-    x, calls, cpu, least = torch.randn(64, 64), [], torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, 1.0)
+    x, calls, cpu, least = torch.randn(64, 64), [], torch.device("cpu"), Floor({"bf16": 1.0}, 1.0, {"all else": 1.0})
     begin(tmp_path / "profile", cpu)
     done = recorded(lambda: calls.append(x @ x), cpu)
     lines = write(done, tmp_path / "profile", least, 0.25)
