@@ -13,13 +13,12 @@ What is not finite becomes NaN (its scale is 0), in the loss or a gradient, wher
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import reference, scaling
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
-from nvfp8.matmul import weight_gradient
+from nvfp8.matmul import matmul, weight_gradient
 from nvfp8.ops import ops
 from nvfp8.recipe import GEMMS, Operand, Recipe
 
@@ -85,7 +84,7 @@ class _FineLinear(torch.autograd.Function):
         # Saved as tensors, not on ctx: an old graph somebody still holds must not keep an old step's copies.
         ctx.save_for_backward(*kept, *((None, None, *weights) if w_t is None else w_t))
         if w is None:
-            return F.linear(x, stacked(weights, x.dtype))
+            return matmul(x, stacked(weights, x.dtype).t())
         out = product(cast(flat, recipe.fprop.left, layer.emulated), w, x.dtype, recipe.fprop.fast_accumulation, layer.emulated)
         return out.view(*x.shape[:-1], -1)
 
@@ -97,7 +96,7 @@ class _FineLinear(torch.autograd.Function):
         x, inverse, w_t, w_inverse, *weights = ctx.saved_tensors
         dgrad, wgrad = recipe.dgrad, recipe.wgrad
         if w_t is None:
-            dx = flat @ stacked(weights, d_out.dtype)
+            dx = matmul(flat, stacked(weights, d_out.dtype))
         else:
             dy, w = cast(flat, dgrad.left, layer.emulated), FineFP8(w_t, w_inverse)
             dx = product(dy, w, d_out.dtype, dgrad.fast_accumulation, layer.emulated)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from nvfp8 import scaling
 from nvfp8.head import LinearCrossEntropy, chunk_rows, counted, scaled_gradients
-from nvfp8.matmul import add_matmul_, fp8_matmul
+from nvfp8.matmul import add_matmul_, fp8_matmul, matmul
 from nvfp8.quantize import Projection
 from nvfp8.recipe import GEMMS, Recipe
 
@@ -113,7 +113,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
         q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device) if in_fp8["wgrad"] and dx is not None else None
         for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // 4):
             part = slice(start, start + rows)
-            logits = x[part] @ weight.t() if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
+            logits = matmul(x[part], weight.t()) if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
             if q is None and q_t is None:
                 of_bf16 = None if dx is None else factor
                 losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
@@ -124,7 +124,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
                     None if q is None else q[part], None if q_t is None else q_t[:, part],
                 )  # fmt: skip
             if dx is not None and q is None:
-                torch.mm(logits, weight, out=dx[part])
+                matmul(logits, weight, dx[part])
             if dx is not None and q_t is None:
                 dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
                 add_matmul_(dw, logits.t(), x[part])

@@ -20,14 +20,13 @@ its gradient in bf16, and casts for its other GEMMs by itself (`_Linear`).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nvfp8 import scaling
 from nvfp8.hardware import missing
 from nvfp8.layers import Linear, NormLinear, Pending, ReluSquaredMLP, RMSNorm, mix, settled, stacked
-from nvfp8.matmul import weight_gradient
+from nvfp8.matmul import matmul, weight_gradient
 from nvfp8.quantize import Deferred, Projection, Quantized, ask, asked, defer, gradient, hand, measured, quantize, stand_in
 from nvfp8.recipe import GEMMS, Recipe
 from nvfp8.reference_math import FUSED_HEADS
@@ -57,7 +56,7 @@ class _Linear(torch.autograd.Function):
         kept = (*((None, None) if w is None else (w.t, w.inverse)), *(weights if "dgrad" in left else ()))
         if "fprop" in left:
             ctx.save_for_backward(x, None, None, *kept)
-            return F.linear(x, stacked(weights, x.dtype))
+            return matmul(x, stacked(weights, x.dtype).t())
         cast = quantize(x.flatten(0, -2), projection.x, columns=False)
         assert cast.q is not None and w is not None
         ctx.save_for_backward(x, cast.scale, cast.inverse, *kept)
@@ -73,7 +72,7 @@ class _Linear(torch.autograd.Function):
             d_out = d_out.contiguous()
         if dgrad or wgrad:
             dy = gradient(d_out, projection.dy, rows=dgrad, columns=wgrad)
-        dx = projection.dgrad(dy, w_t, w_inverse, x.dtype).view(x.shape) if dgrad else d_out @ stacked(weights, x.dtype)
+        dx = projection.dgrad(dy, w_t, w_inverse, x.dtype).view(x.shape) if dgrad else matmul(d_out, stacked(weights, x.dtype))
         if not wgrad:
             dw = weight_gradient(d_out, x, projection.weights[0].dtype)
             return dx, None, *dw.split([len(weight) for weight in projection.weights])

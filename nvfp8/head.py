@@ -13,11 +13,10 @@ operations multiplies dx and dW, whatever it is.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvfp8.matmul import add_matmul_
+from nvfp8.matmul import add_matmul_, matmul
 from nvfp8.ops import ops
 
 # Rows of a chunk are chosen so that its logits take at most this much: long enough for full GEMM speed.
@@ -61,10 +60,10 @@ class _Loss(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], x.dtype)
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
-            logits = x[part] @ cast.t()
+            logits = matmul(x[part], cast.t())
             losses.append(ops(x).softcap_cross_entropy_(logits, targets[part], vocab, softcap, factor if needs_gradient else None))
             if dx is not None and dw is not None:
-                torch.mm(logits, cast, out=dx[part])
+                matmul(logits, cast, dx[part])
                 add_matmul_(dw, logits.t(), x[part])
             del logits  # before the next chunk's are made
         ctx.save_for_backward(dx, dw)
@@ -114,9 +113,9 @@ class LinearCrossEntropy(nn.Module):
         cast = self.weight.to(x.dtype)
         rows = chunk_rows(self.weight.shape[0], x.dtype)
         pairs = zip(x.split(rows), targets.split(rows), strict=True)
-        return torch.cat([ops(x).softcap_cross_entropy_(c @ cast.t(), t, self.vocab, self.softcap, None) for c, t in pairs])
+        return torch.cat([ops(x).softcap_cross_entropy_(matmul(c, cast.t()), t, self.vocab, self.softcap, None) for c, t in pairs])
 
     def logits(self, x: Tensor) -> Tensor:
         """Softcapped logits (..., vocab) in fp32, for generation: call it on few positions."""
-        logits = F.linear(x, self.weight.to(x.dtype))[..., : self.vocab].float()
+        logits = matmul(x, self.weight.to(x.dtype).t())[..., : self.vocab].float()
         return self.softcap * torch.tanh(logits / self.softcap)

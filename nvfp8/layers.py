@@ -17,11 +17,10 @@ Weights stored in fp32 are cast to the stream's dtype where they are used.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvfp8.matmul import weight_gradient
+from nvfp8.matmul import matmul, weight_gradient
 from nvfp8.ops import ops
 
 
@@ -104,14 +103,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(x.dtype))
+        return matmul(x, weight.to(x.dtype).t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         d_out = d_out.contiguous()
-        dx = d_out @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = matmul(d_out, weight.to(x.dtype)) if ctx.needs_input_grad[0] else None
         return dx, weight_gradient(d_out, x, weight.dtype)
 
 
@@ -139,7 +138,7 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor, width: int, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stream, normed, rstd = ops(x).mix_forward(x, pending, x0, lambdas, x.shape[-1])
-        out = F.linear(normed, stacked(weights, x.dtype))
+        out = matmul(normed, stacked(weights, x.dtype).t())
         ctx.save_for_backward(x, pending, x0, lambdas, rstd, *weights)
         ctx.set_materialize_grads(False)
         return stream, x0, normed[..., :width].contiguous(), out
@@ -153,7 +152,7 @@ class _NormLinear(torch.autograd.Function):
         d_stream = torch.zeros_like(x) if d_stream is None else d_stream.contiguous()
         if d_out is None:
             d_out = x.new_zeros(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
-        d_normed = d_out @ stacked(weights, x.dtype)
+        d_normed = matmul(d_out, stacked(weights, x.dtype))
         if d_head is not None:
             d_normed[..., : d_head.shape[-1]] += d_head
         dx, d_x0, d_lambdas, normed = ops(x).mix_norm_backward(d_stream, d_normed, x, pending, x0, lambdas, rstd, d_x0)
@@ -199,12 +198,12 @@ class _ReluSquaredMLP(torch.autograd.Function):
             x, (normed, rstd) = x.view_as(x), ops(x).norm_forward(x)
         else:
             x, normed, rstd = ops(x).add_norm_forward(x, pending)
-        activated = ops(x).relu_squared_(F.linear(normed, w_fc.to(x.dtype)))
+        activated = ops(x).relu_squared_(matmul(normed, w_fc.to(x.dtype).t()))
         del normed
         ctx.save_for_backward(x, rstd, activated, w_fc, w_proj)
         ctx.pending = pending is not None
         # x leaves beside the branch: so the gradient that passes the branch by is added inside the norm's backward.
-        return x, F.linear(activated, w_proj.to(x.dtype))
+        return x, matmul(activated, w_proj.to(x.dtype).t())
 
     @staticmethod
     @once_differentiable
@@ -212,8 +211,8 @@ class _ReluSquaredMLP(torch.autograd.Function):
         x, rstd, activated, w_fc, w_proj = ctx.saved_tensors
         dy = dy.contiguous()
         d_w_proj = weight_gradient(dy, activated, w_proj.dtype)
-        d_hidden = ops(x).relu_squared_backward_(dy @ w_proj.to(x.dtype), activated)
-        d_normed = d_hidden @ w_fc.to(x.dtype)
+        d_hidden = ops(x).relu_squared_backward_(matmul(dy, w_proj.to(x.dtype)), activated)
+        d_normed = matmul(d_hidden, w_fc.to(x.dtype))
         dx, normed = ops(x).norm_backward(d_normed, x, rstd, d_stream.contiguous())
         return dx, dx if ctx.pending else None, weight_gradient(d_hidden, normed, w_fc.dtype), d_w_proj
 
