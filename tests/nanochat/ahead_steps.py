@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import triton
+from pretended import Pretended
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import nvfp8.ops
@@ -61,22 +61,10 @@ class Loader:
         return {"max_shared_mem": 227 * 1024}
 
 
-class Pretended:
-    """As much of a driver as compiling a kernel needs, and launching it in vain."""
+class Launchable(Pretended):
+    """A GPU on which kernels are launched too, in vain."""
 
     utils, launcher_cls = Loader(), Launcher
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 class WithoutProducts(TorchDispatchMode):
@@ -94,7 +82,7 @@ class WithoutProducts(TorchDispatchMode):
 
 def pretend() -> None:
     """A Hopper's kernels and ways of Muon, on CPU tensors."""
-    driver.set_active(Pretended())
+    driver.set_active(Launchable(90))
     products = muon.fastest_products
     muon.fastest_products = lambda rows, columns, dtype, capability: products(rows, columns, dtype, (9, 0))
     for module in (quantize, fp8_head):

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 def ran(cache: Path, *arguments: str) -> Any:
     """What ahead_steps.py prints, with nothing compiled beforehand."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "nvfp8")))  # as pytest has it
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(Path(__file__).with_name("ahead_steps.py")), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

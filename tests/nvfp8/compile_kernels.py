@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
+from pretended import Pretended
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -24,24 +24,8 @@ WIDTHS = (768, 1536) if EVERY else (1536,)
 compiled: dict[str, int] = {}
 
 
-class Pretended:
-    """As much of a driver as choosing and compiling a kernel needs."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def main() -> None:
-    driver.set_active(Pretended())
+    driver.set_active(Pretended(CAPABILITY))
     launch = JITFunction.run
 
     def stop_after_compiling(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
