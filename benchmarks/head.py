@@ -104,9 +104,9 @@ def floor(tokens: int, width: int, repeats: int, copy: float) -> dict[str, float
         times[name] = gpu_milliseconds(partial(fp8_matmul, a, b, one, one, dtype, fast), repeats) * tokens / a.shape[0]
     times["wgrad"] *= VOCAB / rows  # its rows are the vocabulary's: once a chunk
     logits, targets = operand(torch.bfloat16, rows // 4, VOCAB), torch.randint(VOCAB, (rows // 4,), device="cuda")
-    scale = torch.tensor(OF_LOGITS, device="cuda")
+    scale, losses = torch.tensor(OF_LOGITS, device="cuda"), torch.empty(rows // 4, device="cuda")
     loss = partial(
-        ops(logits).softcap_cross_entropy_quantize, logits, targets, VOCAB, SOFTCAP, scale, None, q[: rows // 4],
+        ops(logits).softcap_cross_entropy_quantize, logits, targets, losses, VOCAB, SOFTCAP, scale, None, q[: rows // 4],
         q_t[:, : rows // 4],
     )  # fmt: skip
     bytes_ms = 1e3 * (6 * tokens * VOCAB + 12 * (tokens / rows - 1) * VOCAB * width) / copy
