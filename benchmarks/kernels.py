@@ -4,8 +4,8 @@
     python -m benchmarks.kernels --tokens 65536 --width 768 --only quantize
 
 A kernel that only moves bytes can be no faster than a copy of as many. `must` counts each tensor that is read or written once, as
-large as it is (of a lookup table the rows that are looked up); `moves` counts what the kernel asks for, more where it reads a
-tensor twice, which a cache may serve. `of copy` is the rate of `must`, divided by that of a device-to-device copy measured in the
+large as it is (of a lookup table the rows that are looked up); `moves` counts what the kernel asks for, more where one kernel tells
+another what it knows (sums along rows). `of copy` is the rate of `must`, divided by that of a device-to-device copy measured in the
 same process. Milliseconds are medians of the GPU alone, with nothing of the tensors in its caches beforehand and amax at 0, so
 that raising it is in them.
 
@@ -39,19 +39,19 @@ class Case:
         name: the kernel, and which way of it.
         read: what it must read: tensors, or bytes.
         call: runs it and returns what it wrote.
-        again: bytes that it reads a second time.
         flops: operations of a GEMM, 0 for a pass over memory.
         peer: the same GEMM by cuBLAS, bf16 result.
         after: name of the case that must follow cuBLAS to give the same.
+        more: bytes that it moves beyond those that it must.
     """
 
     name: str
     read: Sequence[Tensor | int | None]
     call: Callable[[], Any]
-    again: int = 0
     flops: int = 0
     peer: Callable[[], Tensor] | None = None
     after: str = ""
+    more: int = 0
 
     def must(self) -> int:
         """Bytes it must read and write."""
@@ -93,30 +93,33 @@ def cases(m: int, d: int, amax: Tensor) -> Iterator[Case]:
         lambda: kernels.mix_norm_quantize(x, branch, x0, lambdas, GATE, scale, E4M3, amax),
     )  # fmt: skip
     yield Case("add_norm_quantize", (x, branch), lambda: kernels.add_norm_quantize(x, branch, scale, E4M3, amax))
+    # As the MLP's gradient GEMM knows it, a part for each 256 of its columns, and the heads, a part for each of theirs.
+    of_mlp, of_heads = (random(parts, m).float() for parts in (max(1, hidden // 256), 3 * heads))
     yield Case(
         "norm_backward_quantize", (branch, x, rstd, d_stream),
-        lambda: kernels.norm_backward_quantize(branch, x, rstd, d_stream, scale, E4M3, scale, E5M2, amax), again=2 * flat.nbytes,
+        lambda: kernels.norm_backward_quantize(branch, x, rstd, d_stream, scale, E4M3, scale, E5M2, amax, along=of_mlp),
+        more=of_mlp.nbytes,
     )  # fmt: skip
     yield Case(
         "mix_norm_backward_quantize", (d_stream, branch, d_head, x, x0, rstd, d_x0),
         lambda: kernels.mix_norm_backward_quantize(
-            d_stream, branch, d_head, x, x0, lambdas, rstd, d_x0, scale, E4M3, scale, E5M2, amax
-        ), again=2 * flat.nbytes + d_head.nbytes,
+            d_stream, branch, d_head, x, x0, lambdas, rstd, d_x0, scale, E4M3, scale, E5M2, amax, along=of_heads
+        ), more=of_heads.nbytes,
     )  # fmt: skip
 
     qkv, cos, sin = random(*shape, 3 * d), random(length, HEAD // 2), random(length, HEAD // 2)
     table, ids = random(32768 if device == "cuda" else 64, d), torch.randint(64, shape, device=device)
     gate = random(*shape, heads)
-    q, k, v, of_heads = kernels.heads_forward(qkv, cos, sin, (heads, heads), gate, table, ids)
+    q, k, v, of_norms = kernels.heads_forward(qkv, cos, sin, (heads, heads), gate, table, ids)
     values = gate, table, ids
     looked_up = gate, ids, m * d * table.element_size()
     yield Case("heads_forward", (qkv, *looked_up), lambda: kernels.heads_forward(qkv, cos, sin, (heads, heads), *values))
-    backward = v, q, k, q, k, of_heads, cos, sin
+    backward = v, q, k, q, k, of_norms, cos, sin
     # The gate's own values are not needed on the way back.
     yield Case("heads_backward", (*backward[:6], *looked_up[1:]), lambda: kernels.heads_backward(*backward, *values))
     yield Case(
-        "heads_backward_quantize", (*backward[:6], *looked_up[1:]),
-        lambda: kernels.heads_backward_quantize(*backward, *values, scale, E5M2, amax),
+        "heads_backward_quantize", (*backward[:5], v, of_norms, *looked_up),
+        lambda: kernels.heads_backward_quantize(*backward[:5], v, *backward[5:], *values, scale, E5M2, amax),
     )  # fmt: skip
 
     wide, a_t = random(m, hidden), fp8(random(hidden, m).abs())
@@ -166,7 +169,7 @@ def measure(m: int, d: int, only: str, repeats: int, copy: float) -> None:
             continue
         must = case.must()
         milliseconds = passes[case.name] = gpu_milliseconds(case.call, repeats, amax.zero_)
-        line = [case.name, f"{(must + case.again) / 1e6:,.0f}", f"{must / 1e6:,.0f}", f"{milliseconds:.3f}"]
+        line = [case.name, f"{(must + case.more) / 1e6:,.0f}", f"{must / 1e6:,.0f}", f"{milliseconds:.3f}"]
         if case.peer is None:
             line += [f"{must / (1e-3 * milliseconds) / copy:.2f}", "", "", "", ""]
         else:

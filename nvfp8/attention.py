@@ -49,23 +49,24 @@ class _ProjectHeads(torch.autograd.Function):
                 product.x, product.w, product.x_inverse, product.w_inverse, cos, sin, heads, gate, table, ids,
                 qkv.shape[:2], qkv.dtype, product.fast,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, rstd, cos, sin, gate, table, ids)  # the table too: autograd sees if it changes
+        # Attention keeps q, k and v anyway. The table too: autograd sees if it changes.
+        ctx.save_for_backward(q, k, v if site is not None else None, rstd, cos, sin, gate, table, ids)
         ctx.table, ctx.order, ctx.site, ctx.shape = table, order, site, qkv.shape
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
+        q, k, v, rstd, cos, sin, gate, table, ids = ctx.saved_tensors
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
         site: Site | None = ctx.site
         if site is None:
             d_qkv, d_gate = ops(q).heads_backward(dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids)
         else:  # the projections' backward reads FP8, so nothing is written in bf16
-            codes, codes_t, d_gate = site.kernels(q).heads_backward_quantize(
-                dq, dk, dv, q, k, rstd, cos, sin, gate, table, ids, site.scale, site.dtype, site.amax
+            codes, codes_t, d_gate, along = site.kernels(q).heads_backward_quantize(
+                dq, dk, dv, q, k, v, rstd, cos, sin, gate, table, ids, site.scale, site.dtype, site.amax
             )
-            d_qkv = hand_only(ctx.shape, q.dtype, site, codes, codes_t)
+            d_qkv = hand_only(ctx.shape, q.dtype, site, codes, codes_t, along)
         if ctx.table is not None and ctx.table.requires_grad:
             add_rows_to_gradient(ctx.table, dv.flatten(2), gate, ctx.order or token_order(ids))
         return d_qkv, None, None, None, d_gate, None, None, None, None, None

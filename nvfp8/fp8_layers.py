@@ -166,7 +166,7 @@ class _NormLinear(torch.autograd.Function):
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
         dx, d_x0, d_lambdas, normed_t, q, t = site.kernels(stream).mix_norm_backward_quantize(
             d_stream, d_normed, None if d_head is None else d_head.contiguous(), stream, x0, lambdas, rstd,
-            None if d_x0 is None else d_x0.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax,
+            None if d_x0 is None else d_x0.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax, along=dy.along,
         )  # fmt: skip
         dx = _hand_dx(dx, ctx.before, q, t)
         weights = projection.wgrad(dy, normed_t, site.inverse)
@@ -238,7 +238,7 @@ class _MLP(torch.autograd.Function):
         d_normed = fc.dgrad(dh, w_fc_t, w_fc_inverse, x.dtype).view(x.shape)
         to, amax = (site, None) if ctx.before is None else (ctx.before, ctx.before.amax)
         dx, normed_t, q, t = site.kernels(x).norm_backward_quantize(
-            d_normed, x, rstd, d_x.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax
+            d_normed, x, rstd, d_x.contiguous(), site.scale, site.dtype, to.scale, to.dtype, amax, along=dh.along
         )
         dx = _hand_dx(dx, ctx.before, q, t)
         d_w_fc = fc.wgrad(dh, normed_t, site.inverse)
@@ -279,10 +279,10 @@ def _activate_backward(
     """Gradient before relu², (dy·W)·2√a, both ways; in the GEMM's epilogue where the scale is known before."""
     kernels = site.kernels(a_t)
     if site.ready and _has_epilogues(site, a_t):
-        dh, dh_t = kernels.gemm_relu_squared_backward(
+        dh, dh_t, along = kernels.gemm_relu_squared_backward(
             dy.q, w_t, dy.inverse, w_inverse, a_t, a_scale, site.scale, site.dtype, proj.recipe.dgrad.fast_accumulation, site.amax
         )
-        return Quantized(dh, dh_t, site.scale, site.inverse)
+        return Quantized(dh, dh_t, site.scale, site.inverse, along)
     d_a = proj.dgrad(dy, w_t, w_inverse, dtype)
     return measured(site, lambda scale, amax: kernels.relu_squared_backward_quantize(d_a, a_t, a_scale, scale, site.dtype, amax))
 

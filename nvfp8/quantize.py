@@ -42,12 +42,14 @@ class Quantized(NamedTuple):
         t: (N, M), or None.
         scale: 0-D fp32 it was multiplied by.
         inverse: 0-D fp32, 1 / scale.
+        along: of a gradient dy of y, where who wrote it knew y: (P, M) fp32, P parts of Σ dy·y for every row.
     """
 
     q: Tensor | None
     t: Tensor | None
     scale: Tensor
     inverse: Tensor
+    along: Tensor | None = None
 
 
 def quantize(x: Tensor, site: Site, *, rows: bool = True, columns: bool = True) -> Quantized:
@@ -68,19 +70,19 @@ def quantize(x: Tensor, site: Site, *, rows: bool = True, columns: bool = True) 
     return Quantized(q, t, scale, inverse)
 
 
-def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]) -> Quantized:
+def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]) -> Quantized:
     """Run a kernel that casts its own result: with the scale there is, or twice, for its amax and with the scale that follows.
 
     Args:
         site: says by which scale.
-        cast: takes scale and amax, 0-D fp32 (amax may be None), returns q (M, N) and t (N, M).
+        cast: takes scale and amax, 0-D fp32 (amax may be None), returns q (M, N), t (N, M), and of a gradient what is known along it.
     """
-    if site.ready:
-        return Quantized(*cast(site.scale, site.amax), site.scale, site.inverse)
-    amax = torch.zeros_like(site.amax)
-    cast(torch.ones_like(amax), amax)
-    scale, inverse = site.scales(amax)
-    return Quantized(*cast(scale, None), scale, inverse)
+    scale, inverse, amax = site.scale, site.inverse, site.amax
+    if not site.ready:
+        cast(torch.ones_like(amax), measure := torch.zeros_like(amax))
+        (scale, inverse), amax = site.scales(measure), None
+    q, t, *along = cast(scale, amax)
+    return Quantized(q, t, scale, inverse, *along)
 
 
 class Deferred(NamedTuple):
@@ -149,15 +151,15 @@ def asked(x: Tensor | None) -> Site | None:
     return getattr(x, _ASKED, None)
 
 
-def hand(gradient: Tensor, site: Site, q: Tensor, t: Tensor) -> Tensor:
+def hand(gradient: Tensor, site: Site, q: Tensor, t: Tensor, along: Tensor | None = None) -> Tensor:
     """Attach a gradient's FP8 copies, cast with `site`'s scale, to the tensor that autograd passes on."""
-    setattr(gradient, _HANDED, (Quantized(q, t, site.scale, site.inverse), site, gradient._version))
+    setattr(gradient, _HANDED, (Quantized(q, t, site.scale, site.inverse, along), site, gradient._version))
     return gradient
 
 
-def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor) -> Tensor:
+def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor, along: Tensor) -> Tensor:
     """A gradient that exists in FP8 only: autograd gets what stands in for it."""
-    return hand(stand_in(shape, dtype, q.device), site, q, t)
+    return hand(stand_in(shape, dtype, q.device), site, q, t, along)
 
 
 def gradient(dy: Tensor, site: Site, *, rows: bool = True, columns: bool = True) -> Quantized:
@@ -238,7 +240,8 @@ class Projection:
         w = torch.cat(parts) if len(parts) > 1 else parts[0]
         if site.kind == "weight":
             # Its own amax, as a site without history; no margin, for nothing changes between measuring and casting.
-            return Held(self.weights, site, *quantize(w, site, rows="fprop" not in left, columns="dgrad" not in left))
+            cast = quantize(w, site, rows="fprop" not in left, columns="dgrad" not in left)
+            return Held(self.weights, site, cast.q, cast.t, cast.scale, cast.inverse)
         # By the scale with which an optimizer would have written them, where it fits: a run that was resumed computes the same.
         known, site.loaded = site.scale if site.loaded is None else site.loaded, None
         site.kernels(w).amax_(w, site.amax.zero_())

@@ -15,7 +15,17 @@ dimension.
 import torch
 from torch import Tensor
 
-from nvfp8.reference_math import heads_gradient, heads_values, lambda_gradient, mixed, norm, norm_gradient, softcap_loss, wide
+from nvfp8.reference_math import (
+    heads_along,
+    heads_gradient,
+    heads_values,
+    lambda_gradient,
+    mixed,
+    norm,
+    norm_gradient,
+    softcap_loss,
+    wide,
+)
 from nvfp8.rounding import FORMATS
 
 
@@ -155,7 +165,7 @@ def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Te
 
 def relu_squared_backward_quantize(
     d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of relu² from its FP8 output alone: dh = d_a · 2·√a.
 
     Args:
@@ -167,18 +177,23 @@ def relu_squared_backward_quantize(
         amax: 0-D fp32 of dh, raised in place, or None.
 
     Returns:
-        dh (M, N), dhᵀ (N, M).
+        dh (M, N), dhᵀ (N, M), and what a norm before the layer wants to know (`norm_backward_quantize`): P parts of Σ dh·h for every
+        token, (P, M) fp32.
     """
-    return _both(_relu_squared_gradient(wide(d_a), a_t, a_scale), scale, dtype, amax)
+    return _relu_squared_gradient(wide(d_a), a_t, a_scale, scale, dtype, amax)
 
 
-def _relu_squared_gradient(d_a: Tensor, a_t: Tensor, a_scale: Tensor) -> Tensor:
-    return d_a * 2 * (a_t.to(d_a.dtype).t() / a_scale).sqrt()
+def _relu_squared_gradient(
+    d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = (a_t.to(d_a.dtype).t() / a_scale).sqrt()
+    dh = d_a * 2 * h
+    return *_both(dh, scale, dtype, amax), (dh * h).sum(1)[None]
 
 
 def norm_backward_quantize(
     d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, normed_scale: Tensor, normed_dtype: torch.dtype,
-    scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+    scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, along: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of RMSNorm plus the gradient that passes it by; x̂ᵀ for the weight gradient is made again rather than kept.
 
@@ -192,11 +207,12 @@ def norm_backward_quantize(
         scale: 0-D fp32, of dx.
         dtype: FP8 format of dx.
         amax: 0-D fp32 of dx, raised in place, or None.
+        along: (P, M) fp32, P parts of Σ d_normed·x̂ for every token, or None where it is not known.
 
     Returns:
         dx (..., D) in x's dtype, x̂ᵀ (D, M) FP8, dx (M, D) FP8, dxᵀ (D, M) FP8.
     """
-    dx, normed = norm_gradient(wide(d_normed), wide(x), rstd)
+    dx, normed = norm_gradient(wide(d_normed), wide(x), rstd, None if along is None else along.sum(0).view(rstd.shape))
     dx = dx + wide(d_stream)
     normed_t = _codes(normed, normed_scale, normed_dtype).flatten(0, -2).t().contiguous()
     return dx.to(x.dtype), normed_t, *_both(dx, scale, dtype, amax)
@@ -205,6 +221,7 @@ def norm_backward_quantize(
 def mix_norm_backward_quantize(
     d_stream: Tensor, d_normed: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
     d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+    *, along: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of `mix_norm_quantize` from its own output s, so x need not be kept; λ₀ = 0 makes dλ₀ not finite.
 
@@ -222,15 +239,19 @@ def mix_norm_backward_quantize(
         scale: 0-D fp32, of dx.
         dtype: FP8 format of dx.
         amax: 0-D fp32 of dx, raised in place, or None.
+        along: (P, M) fp32, P parts of Σ d_normed·x̂ for every token, without d_head's; or None where it is not known.
 
     Returns:
         dx (..., D), which is the gradient of `pending` too; the new d_x0 (..., D); dλ (2,) fp32; x̂ᵀ (D, M) FP8; dx (M, D) FP8 and
         dxᵀ (D, M) FP8, which the MLP of the block before takes as its dy.
     """
-    gradient = wide(d_normed)
+    gradient, known = wide(d_normed), None if along is None else along.sum(0).view(rstd.shape)
     if d_head is not None:
-        gradient = gradient + torch.nn.functional.pad(wide(d_head), (0, stream.shape[-1] - d_head.shape[-1]))
-    ds, normed = norm_gradient(gradient, wide(stream), rstd)
+        width = d_head.shape[-1]
+        gradient = gradient + torch.nn.functional.pad(wide(d_head), (0, stream.shape[-1] - width))
+        if known is not None:
+            known = known + (wide(d_head) * wide(stream)[..., :width]).sum(-1) * rstd
+    ds, normed = norm_gradient(gradient, wide(stream), rstd, known)
     ds = ds + wide(d_stream)
     dx, dx0 = ds * lambdas[0], ds * lambdas[1]
     if d_x0 is not None:
@@ -241,9 +262,9 @@ def mix_norm_backward_quantize(
 
 
 def heads_backward_quantize(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradient of `heads_forward` in FP8: rotated back, through the norm, and both copies of d_qkv in one pass.
 
     Args:
@@ -252,6 +273,7 @@ def heads_backward_quantize(
         dv: (B, T, G, E).
         q: (B, T, H, E) as returned by the forward.
         k: (B, T, G, E) as returned by the forward.
+        v: (B, T, G, E) as returned by the forward.
         rstd: (B, T, H + G) fp32.
         cos: (T, E/2).
         sin: (T, E/2).
@@ -263,10 +285,12 @@ def heads_backward_quantize(
         amax: 0-D fp32 of d_qkv, raised in place, or None.
 
     Returns:
-        d_qkv (M, (H + 2G)·E), its transpose ((H + 2G)·E, M), and d_gate (B, T, G) or None.
+        d_qkv (M, (H + 2G)·E), its transpose ((H + 2G)·E, M), d_gate (B, T, G) or None, and what a norm before the projections wants
+        to know (`norm_backward_quantize`): Σ d_qkv·qkv of every head and token, (H + 2G, M) fp32.
     """
     d_qkv, d_gate = heads_gradient(dq, dk, dv, q, k, rstd, cos, sin, None if gate is None else table, ids)
-    return *_both(d_qkv, scale, dtype, amax), None if gate is None or d_gate is None else d_gate.to(gate.dtype)
+    along = heads_along(dq, dk, dv, q, k, v, rstd, gate, d_gate)
+    return *_both(d_qkv, scale, dtype, amax), None if gate is None or d_gate is None else d_gate.to(gate.dtype), along
 
 
 def gemm_heads(
@@ -327,7 +351,7 @@ def gemm_relu_squared(
 def gemm_relu_squared_backward(
     dy_q: Tensor, w_t: Tensor, dy_inverse: Tensor, w_inverse: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor,
     dtype: torch.dtype, fast: bool, amax: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A gradient GEMM through relu²: dh = (dy·w) · 2·√a in FP8; the gradient of a is never stored.
 
     Args:
@@ -343,10 +367,10 @@ def gemm_relu_squared_backward(
         amax: 0-D fp32 of dh, raised in place, or None.
 
     Returns:
-        dh (M, N), dhᵀ (N, M).
+        dh (M, N), dhᵀ (N, M), and P parts of Σ dh·h for every token, (P, M) fp32.
     """
     del fast
-    return _both(_relu_squared_gradient(_product(dy_q, w_t, dy_inverse * w_inverse), a_t, a_scale), scale, dtype, amax)
+    return _relu_squared_gradient(_product(dy_q, w_t, dy_inverse * w_inverse), a_t, a_scale, scale, dtype, amax)
 
 
 def _product(x_q: Tensor, w_q: Tensor, inverse: Tensor) -> Tensor:

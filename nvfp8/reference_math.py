@@ -26,11 +26,11 @@ def norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * rstd[..., None], rstd
 
 
-def norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of x (..., D) from that of x̂, and x̂ once more."""
+def norm_gradient(d_normed: Tensor, x: Tensor, rstd: Tensor, along: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient of x (..., D) from that of x̂, and x̂ once more; Σ d_normed·x̂ is taken from `along` (...) where that is given."""
     normed = x * rstd[..., None]
-    dx = rstd[..., None] * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return dx, normed
+    along = (d_normed * normed).sum(-1) if along is None else along
+    return rstd[..., None] * (d_normed - normed * (along / x.shape[-1])[..., None]), normed
 
 
 def mixed(x: Tensor, pending: Tensor | None, x0: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,22 @@ def heads_gradient(
     if table is None or ids is None:
         return d_qkv, None
     return d_qkv, (wide_dv * wide(table[ids]).view_as(wide_dv)).sum(-1)
+
+
+def heads_along(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, rstd: Tensor, gate: Tensor | None, d_gate: Tensor | None
+) -> Tensor:
+    """Σ d_qkv·qkv of every head and token, (H + 2K, B·T), of qkv as it was before `heads_values`.
+
+    A norm's gradient is orthogonal to its input but for eps, so queries and keys add next to nothing; of v what the value embedding
+    brought is taken off again, gate · d_gate.
+    """
+    d_normed, normed = (torch.cat((wide(a), wide(b)), 2) for a, b in ((dq, dk), (q, k)))
+    of_norms = (d_normed * normed).sum(-1) * NORM_EPS * rstd.square()
+    of_values = (wide(dv) * wide(v)).sum(-1)
+    if gate is not None and d_gate is not None:
+        of_values = of_values - wide(gate) * d_gate
+    return torch.cat((of_norms, of_values), 2).flatten(0, 1).t().contiguous()
 
 
 def softcap_loss(logits: Tensor, targets: Tensor, softcap: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

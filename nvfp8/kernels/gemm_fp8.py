@@ -7,7 +7,8 @@ read from L2. TMA brings both operands (a tensor descriptor knows where the tens
 not happen), and takes both results: they go through shared memory, so the transposed tile leaves as whole 128-byte lines.
 The accumulators leave in two halves, which halves the shared memory the results need and so leaves room for 3 stages of operands
 (160 KiB forward, 208 backward with the tile of aᵀ; 225 and 254 registers a thread on sm_90, none spilled).
-The result is quantized in the epilogue, so its scale must be known beforehand: this is for delayed scaling.
+The result is quantized in the epilogue, so its scale must be known beforehand: this is for delayed scaling. Backward also writes
+each tile's share of Σ dh·h, one more multiplication an element: the norm before the layer need not read its rows for it.
 
 Sums: a tensor core adds FP8 products in about 14 bits, fast; or the sum is promoted to fp32 every 128 terms. A recipe chooses
 (`nvfp8/recipe.py`). M, N and K must be multiples of 16 (TMA).
@@ -29,7 +30,7 @@ GROUP = 8  # tile rows that are walked together
 
 @triton.jit
 def _gemm_relu_squared(
-    X, W, A_T, OUT, OUT_T, X_INVERSE, W_INVERSE, A_SCALE, SCALE, AMAX, M, N, K,
+    X, W, A_T, OUT, OUT_T, ALONG, X_INVERSE, W_INVERSE, A_SCALE, SCALE, AMAX, M, N, K,
     BACKWARD: tl.constexpr, DTYPE: tl.constexpr, IMPRECISE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +39,8 @@ def _gemm_relu_squared(
     factor = tl.load(X_INVERSE) * tl.load(W_INVERSE)
     scale = tl.load(SCALE)
     if BACKWARD:
-        factor *= 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale)
+        per_root = tl.rsqrt(tl.load(A_SCALE))
+        factor *= 2.0 * per_root  # 2·√(a / scale) = √a · (2 / √scale)
     largest = 0
     for tile in tl.range(tl.program_id(0), tile_rows * tile_columns, PROGRAMS, flatten=True):
         m, n = place(tile, tile_rows, tile_columns, GROUP, BM, BN)
@@ -47,8 +49,11 @@ def _gemm_relu_squared(
         a_left, a_right = left, right
         if BACKWARD:  # one load for both halves: it is waited for
             a_left, a_right = halves(A_T.load([n, m]).T, BM, BN)
-        largest = _finish(left, a_left, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD, DTYPE)
-        largest = _finish(right, a_right, OUT, OUT_T, factor, scale, largest, m, n + BN // 2, BACKWARD, DTYPE)
+        largest, along_left = _finish(left, a_left, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD, DTYPE)
+        largest, along = _finish(right, a_right, OUT, OUT_T, factor, scale, largest, m, n + BN // 2, BACKWARD, DTYPE)
+        if BACKWARD:
+            row = m + tl.arange(0, BM)
+            tl.store(ALONG + (n // BN).to(tl.int64) * M + row, (along_left + along) * per_root, row < M)
     if AMAX is not None:
         raise_amax(AMAX, largest)
 
@@ -82,8 +87,11 @@ def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _finish(products, a, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: tl.constexpr, DTYPE: tl.constexpr):
     value = products * factor
+    along = 0.0
     if BACKWARD:
-        value *= tl.sqrt(a.to(tl.float32))
+        root = tl.sqrt(a.to(tl.float32))
+        value *= root
+        along = tl.sum(value * root, 1)
     else:
         value = tl.where(value < 0, 0.0, value)  # a maximum would hide NaN
         value = value * value
@@ -93,7 +101,7 @@ def _finish(products, a, OUT, OUT_T, factor, scale, largest, m, n, BACKWARD: tl.
         OUT.store([m, n], codes)
     if OUT_T is not None:
         OUT_T.store([n, m], codes.T)
-    return largest
+    return largest, along
 
 
 @cache
@@ -115,29 +123,30 @@ def _tiles(device: torch.device, fast: bool) -> dict[str, int]:
 def _launch(
     x: Tensor, w: Tensor, x_inverse: Tensor, w_inverse: Tensor, a_t: Tensor | None, a_scale: Tensor | None, scale: Tensor,
     dtype: torch.dtype, fast: bool, amax: Tensor | None, rows: bool = True, columns: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     m, k = x.shape
     n = w.shape[0]
     assert w.shape[1] == k and (a_t is None or a_t.shape == (n, m)), "(M, K) · (N, K)ᵀ, aᵀ (N, M)"
     assert m % 16 == n % 16 == k % 16 == 0, f"TMA moves rows of whole 16 bytes: {m} × {n} × {k}"
     out = torch.empty(m, n, dtype=dtype, device=x.device) if rows else None
     out_t = torch.empty(n, m, dtype=dtype, device=x.device) if columns else None
-    if not m * n:
-        return out, out_t
     tiles: dict[str, Any] = dict(_tiles(x.device, fast))
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
+    along = None if a_t is None else torch.empty(triton.cdiv(n, bn), m, dtype=torch.float32, device=x.device)
+    if not m * n:
+        return out, out_t, along
 
     def described(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, [rows, columns])
 
     _gemm_relu_squared[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(n, bn)),)](
         described(x, bm, bk), described(w, bn, bk), described(a_t, bn, bm),
-        described(out, bm, bn // 2), described(out_t, bn // 2, bm),
+        described(out, bm, bn // 2), described(out_t, bn // 2, bm), along,
         x_inverse, w_inverse, a_scale, scale, as_bits(amax), m, n, k,
         BACKWARD=a_t is not None, DTYPE=DTYPES[dtype], IMPRECISE=None if fast else bk, GROUP=GROUP,
         **tiles,
     )  # fmt: skip
-    return out, out_t
+    return out, out_t, along
 
 
 def gemm_relu_squared(
@@ -145,14 +154,14 @@ def gemm_relu_squared(
     amax: Tensor | None, *, rows: bool = True, columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared`; M, N and K must be multiples of 16."""
-    return _launch(x_q, w_q, x_inverse, w_inverse, None, None, scale, dtype, fast, amax, rows, columns)
+    return _launch(x_q, w_q, x_inverse, w_inverse, None, None, scale, dtype, fast, amax, rows, columns)[:2]
 
 
 def gemm_relu_squared_backward(
     dy_q: Tensor, w_t: Tensor, dy_inverse: Tensor, w_inverse: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor,
     dtype: torch.dtype, fast: bool, amax: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.gemm_relu_squared_backward`; M, N and K must be multiples of 16."""
-    dh, dh_t = _launch(dy_q, w_t, dy_inverse, w_inverse, a_t, a_scale, scale, dtype, fast, amax)
-    assert dh is not None and dh_t is not None
-    return dh, dh_t
+    dh, dh_t, along = _launch(dy_q, w_t, dy_inverse, w_inverse, a_t, a_scale, scale, dtype, fast, amax)
+    assert dh is not None and dh_t is not None and along is not None
+    return dh, dh_t, along

@@ -57,11 +57,14 @@ def _heads_forward(
 
 @triton.jit
 def heads_gradient(
-    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first_token, N, T,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr,
+    DQ, DK, DV, Q, K, V, RSTD, COS, SIN, GATE, TABLE, IDS, D_GATE, ALONG, head, first_token, N, T,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of d_qkv (TOKENS, HALF) fp32 for one head and a tile of tokens from `first_token` (int64); writes D_GATE."""
+    """Both halves of d_qkv (TOKENS, HALF) fp32 for one head and a tile of tokens from `first_token` (int64).
+
+    Writes D_GATE, and Σ d_qkv·qkv of the head to ALONG, for which v is read, where ALONG is not None.
+    """
     token = tl.arange(0, TOKENS)  # within the tile: what follows counts from its first token, in 32 bits
     column = tl.arange(0, HALF)[None, :]
     inside = token < N - first_token
@@ -88,17 +91,28 @@ def heads_gradient(
         sin = tl.load(SIN + angle, mask, 0.0).to(tl.float32)
         raw_a = da * cos - db * sin
         raw_b = db * cos + da * sin
+        if ALONG is not None:  # a norm's gradient is orthogonal to its input, but for eps
+            along = tl.sum(mean * (E * EPS) * rstd * rstd, 1)
     else:
         kv = head - H - G
-        gradient = DV + (first_token * G + kv) * E + (token[:, None] * (G * E) + column)
-        raw_a = tl.load(gradient, mask, 0.0).to(tl.float32)
-        raw_b = tl.load(gradient + E // 2, mask, 0.0).to(tl.float32)
+        of_value = (first_token * G + kv) * E + (token[:, None] * (G * E) + column)
+        raw_a = tl.load(DV + of_value, mask, 0.0).to(tl.float32)
+        raw_b = tl.load(DV + of_value + E // 2, mask, 0.0).to(tl.float32)
+        if ALONG is not None:
+            va = tl.load(V + of_value, mask, 0.0).to(tl.float32)
+            vb = tl.load(V + of_value + E // 2, mask, 0.0).to(tl.float32)
+            along = tl.sum(raw_a * va, 1) + tl.sum(raw_b * vb, 1)
         if VALUES:
             row = TABLE + tl.load(IDS + first_token + token, inside, 0)[:, None] * (G * E) + kv * E + column
             va = tl.load(row, mask, 0.0).to(tl.float32)
             vb = tl.load(row + E // 2, mask, 0.0).to(tl.float32)
             d_gate = tl.sum(raw_a * va, 1) + tl.sum(raw_b * vb, 1)
-            tl.store(D_GATE + first_token * G + kv + token * G, d_gate.to(D_GATE.dtype.element_ty), inside)
+            of_gate = first_token * G + kv + token * G
+            tl.store(D_GATE + of_gate, d_gate.to(D_GATE.dtype.element_ty), inside)
+            if ALONG is not None:  # what the value embedding added to v is none of the projection's
+                along -= tl.load(GATE + of_gate, inside, 0.0).to(tl.float32) * d_gate
+    if ALONG is not None:
+        tl.store(ALONG + head.to(tl.int64) * N + first_token + token, along, inside)
     return raw_a, raw_b
 
 
@@ -111,8 +125,9 @@ def _heads_backward(
     head = tl.program_id(0)
     first = tl.program_id(1).to(tl.int64) * TOKENS
     a, b = heads_gradient(
-        DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first, N, T, H, G, E, VALUES, SCALE, TOKENS, HALF
-    )
+        DQ, DK, DV, Q, K, None, RSTD, COS, SIN, None, TABLE, IDS, D_GATE, None, head, first, N, T,
+        H, G, E, VALUES, SCALE, 0.0, TOKENS, HALF,
+    )  # fmt: skip
     token = first + tl.arange(0, TOKENS)
     column = tl.arange(0, HALF)[None, :]
     mask = (token < N)[:, None] & (column < E // 2)

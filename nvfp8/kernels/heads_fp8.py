@@ -1,8 +1,8 @@
 """The backward pass of `heads.py` into FP8: q, k, v's gradients become both operands of the projections' two backward GEMMs.
 
 A program takes 64 tokens of one head. Its two halves are tiles of 64 × E/2, which leave as 64 bytes a row and, transposed, as 64
-bytes a row too (E = 128). Bytes an element of d_qkv, without angles and 1/rms: 2 + 2 read for q and k (gradient and output), 2 for
-v (2 more where a value embedding is gathered), 1 + 1 written. 32,768 tokens × 36 heads are 18,432 programs of 8 warps, 16 elements
+bytes a row too (E = 128). Bytes an element of d_qkv, without angles and 1/rms: 2 + 2 read (gradient and output; of v 2 more where
+a value embedding is gathered), 1 + 1 written, and a number a head, Σ d_qkv·qkv, which saves the norm's backward reading 4. 32,768 tokens × 36 heads are 18,432 programs of 8 warps, 16 elements
 of each half a thread.
 """
 
@@ -13,22 +13,23 @@ from torch import Tensor
 
 from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
 from nvfp8.kernels.heads import heads_gradient
-from nvfp8.reference import QK_SCALE
+from nvfp8.reference import NORM_EPS, QK_SCALE
 
 TOKENS = 64  # tokens a program
 
 
 @triton.jit
 def _heads_backward_quantize(
-    DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, OUT_SCALE, OUT, OUT_T, AMAX, N, T,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
-    TOKENS: tl.constexpr, HALF: tl.constexpr,
+    DQ, DK, DV, Q, K, V, RSTD, COS, SIN, GATE, TABLE, IDS, D_GATE, OUT_SCALE, OUT, OUT_T, ALONG, AMAX, N, T,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    DTYPE: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
     a, b = heads_gradient(
-        DQ, DK, DV, Q, K, RSTD, COS, SIN, TABLE, IDS, D_GATE, head, first_token, N, T, H, G, E, VALUES, SCALE, TOKENS, HALF
-    )
+        DQ, DK, DV, Q, K, V, RSTD, COS, SIN, GATE, TABLE, IDS, D_GATE, ALONG, head, first_token, N, T,
+        H, G, E, VALUES, SCALE, EPS, TOKENS, HALF,
+    )  # fmt: skip
     if AMAX is not None:
         raise_amax(AMAX, tl.maximum(largest_bits(a), largest_bits(b)))
     scale = tl.load(OUT_SCALE)
@@ -51,9 +52,9 @@ def _store_half(
 
 
 def heads_backward_quantize(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor,
     gate: Tensor | None, table: Tensor | None, ids: Tensor | None, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.heads_backward_quantize`."""
     batch, length, n_head, size = q.shape
     n_kv = k.shape[2]
@@ -61,9 +62,10 @@ def heads_backward_quantize(
     out = torch.empty(tokens, width, dtype=dtype, device=q.device)
     out_t = torch.empty(width, tokens, dtype=dtype, device=q.device)
     d_gate = None if gate is None else torch.empty_like(gate)
+    along = torch.empty(n_head + 2 * n_kv, tokens, dtype=torch.float32, device=q.device)
     _heads_backward_quantize[n_head + 2 * n_kv, triton.cdiv(tokens, TOKENS)](
-        dq, dk, dv, q, k, rstd, cos, sin, table, ids, d_gate, scale, out, out_t, as_bits(amax), tokens, length,
-        H=n_head, G=n_kv, E=size, VALUES=gate is not None, SCALE=QK_SCALE, DTYPE=DTYPES[dtype],
+        dq, dk, dv, q, k, v, rstd, cos, sin, gate, table, ids, d_gate, scale, out, out_t, along, as_bits(amax), tokens, length,
+        H=n_head, G=n_kv, E=size, VALUES=gate is not None, SCALE=QK_SCALE, EPS=NORM_EPS, DTYPE=DTYPES[dtype],
         TOKENS=TOKENS, HALF=triton.next_power_of_2(size // 2), num_warps=8,
     )  # fmt: skip
-    return out, out_t, d_gate
+    return out, out_t, d_gate, along

@@ -3,13 +3,16 @@
 Forward takes a row a program, as in `norm.py`: everything between load and store in registers. Bytes an element:
 `mix_norm_quantize` 2·3 read (x, pending, x0), 2 + 1 written; `add_norm_quantize` 2·2 read, 2 + 1 written.
 
-Backward also writes transposes, so a program needs many rows, and the sum over each row before it can write anything. 32 whole rows
-of two bf16 tensors at D = 1,536 are 192 KiB: neither registers nor, beside anything else, shared memory hold them. A program
-therefore walks its rows' columns twice, 512 channels at a time, first for the sums, then back: what it read last it finds in L1,
-the rest in L2, which is asked to keep it. What is written asks to be evicted first. 32,768 × 1,536, H100: 0.236 and 0.358 ms; with
-256 channels at a time 0.248 and 0.418, with asynchronous copies besides, which cost the second program on an SM, 0.300 and 0.420.
-Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1
-written; `mix_norm_backward_quantize` 2·5 read, 2 + 2 + 1 + 1 + 1 written; either up to 4 more where L2 did not keep the rows.
+Backward needs a sum over each row, Σ dx̂·x̂, before it can write anything, and transposes, which want many rows: 64 rows of two bf16
+tensors are more than registers and shared memory hold, so rows would be read twice. But dx̂ = dy·W and y = x̂·Wᵀ, hence
+
+    Σ_d dx̂·x̂ = Σ_n dy·y        over the N outputs of the linear layer behind the norm
+
+and who wrote dy had both in registers (`Quantized.along`): relu²'s gradient, 2√a·da times √a, and the heads'. So a program takes a
+tile of 64 tokens × 128 channels and reads it once. What FP8 rounds of y, dy and x̂ moves the sum by 1/√N of FP8's own noise. Where
+nobody knows y, as after a GEMM that was measured first, `_row_products` reads the rows a first time.
+Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize`
+2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons.
 """
 
 import torch
@@ -18,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
+from nvfp8.kernels.quantize_fp8 import every_fourth, store_across
 from nvfp8.reference import NORM_EPS
 
-TOKENS, TILE = 32, 512  # backward's tile: 32 tokens are whole 32-byte sectors of the transposes
+TOKENS, CHANNELS = 64, 128  # backward's tile
 
 
 @triton.jit
@@ -53,90 +57,117 @@ def _norm_quantize(
 
 
 @triton.jit
-def _gradient(D_NORMED, D_HEAD, token, channel, at, mask, M, WIDTH: tl.constexpr, KEEP: tl.constexpr):
-    gradient = tl.load(D_NORMED + at, mask, 0.0, eviction_policy=KEEP).to(tl.float32)
-    if D_HEAD is not None:
-        gradient += tl.load(D_HEAD + token * WIDTH + channel, (token < M) & (channel < WIDTH), 0.0).to(tl.float32)
-    return gradient
+def _row_products(D_NORMED, X, RSTD, ALONG, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < D
+    gradient = tl.load(D_NORMED + row * D + column, mask, 0.0).to(tl.float32)
+    x = tl.load(X + row * D + column, mask, 0.0).to(tl.float32)
+    tl.store(ALONG + row, tl.sum(gradient * x, 0) * tl.load(RSTD + row))
 
 
 @triton.jit
-def _added(tile, TOKENS: tl.constexpr, TILE: tl.constexpr):
-    # Sums of 8 neighbours, which one thread holds: what runs along with a loop takes an eighth of the registers.
-    return tl.sum(tl.reshape(tile, (TOKENS, TILE // 8, 8)), 2)
+def _eighth(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # Eight neighbours, which one thread holds: what is summed over all quarters takes an eighth of the registers.
+    return tl.reshape(tile, (ROWS, COLUMNS // 8, 8))
+
+
+@triton.jit
+def _gradient_quarter(
+    which: tl.constexpr, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, rstd, mean, lambda0, lambda1, normed_scale, scale,
+    first_token, first_channel, M, D, WIDTH, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = every_fourth(which, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    gradient = tl.load(D_NORMED + at, mask, 0.0).to(tl.float32)
+    if D_HEAD is not None:
+        token = first_token + tl.arange(0, TOKENS // 4)[:, None] * 4 + which
+        channel = first_channel + tl.arange(0, CHANNELS)[None, :]
+        gradient += tl.load(D_HEAD + token * WIDTH + channel, (token < M) & (channel < WIDTH), 0.0).to(tl.float32)
+    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    normed = x * rstd
+    ds = tl.load(D_STREAM + at, mask, 0.0).to(tl.float32) + rstd * (gradient - normed * mean)
+    dx = ds
+    along_stream = 0.0
+    along_x0 = 0.0
+    if X0 is not None:
+        x0 = tl.load(X0 + at, mask, 0.0).to(tl.float32)
+        along_stream = tl.sum(_eighth(ds * x, TOKENS // 4, CHANNELS), 2)
+        along_x0 = tl.sum(_eighth(ds * x0, TOKENS // 4, CHANNELS), 2)
+        dx0 = ds * lambda1
+        if D_X0_IN is not None:
+            dx0 += tl.load(D_X0_IN + at, mask, 0.0).to(tl.float32)
+        tl.store(D_X0 + at, dx0.to(D_X0.dtype.element_ty), mask)
+        dx = ds * lambda0
+    tl.store(DX + at, dx.to(DX.dtype.element_ty), mask)
+    codes = to_fp8(dx * scale, DTYPE)
+    tl.store(DX_Q + at, codes, mask)
+    largest = tl.max(_eighth(dx.to(tl.int32, bitcast=True) & 0x7FFFFFFF, TOKENS // 4, CHANNELS), 2)
+    return codes, to_fp8(normed * normed_scale, NORMED_DTYPE), largest, along_stream, along_x0
 
 
 @triton.jit
 def _norm_backward_quantize(
-    D_NORMED, X, RSTD, D_STREAM, D_HEAD, X0, LAMBDAS, D_X0_IN, NORMED_SCALE, SCALE,
-    DX, D_X0, D_LAMBDAS, NORMED_T, DX_Q, DX_T, AMAX, M, D, WIDTH: tl.constexpr,
-    NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
+    D_NORMED, ALONG, X, RSTD, D_STREAM, D_HEAD, X0, LAMBDAS, D_X0_IN, NORMED_SCALE, SCALE,
+    DX, D_X0, D_LAMBDAS, NORMED_T, DX_Q, DX_T, AMAX, M, D, WIDTH, PARTS, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    MIX: tl.constexpr = X0 is not None
-    first_token = tl.program_id(0).to(tl.int64) * TOKENS
-    token = tl.arange(0, TOKENS)[:, None]
-    channel = tl.arange(0, TILE)[None, :]
-    left = (M - first_token).to(tl.int32)  # what follows counts from the first token, in 32 bits
-    D_NORMED += first_token * D
-    X += first_token * D
-    D_STREAM += first_token * D
+    first_channel = tl.program_id(0) * CHANNELS
+    first_token = tl.program_id(1).to(tl.int64) * TOKENS
+    token = first_token + tl.arange(0, TOKENS)
+    part = tl.arange(0, BLOCK_PARTS)[:, None]
+    rstd = tl.load(RSTD + token, token < M, 0.0)
+    along = tl.sum(tl.load(ALONG + part * M + token[None, :], (part < PARTS) & (token < M)[None, :], 0.0), 0)
     if D_HEAD is not None:
-        D_HEAD += first_token * WIDTH
-    rows = tl.arange(0, TOKENS)
-    rstd = tl.load(RSTD + first_token + rows, rows < left, 0.0)[:, None]
-    products = tl.zeros((TOKENS, TILE // 8), tl.float32)
-    for start in range(0, D, TILE):
-        at = token * D + (start + channel)
-        mask = (token < left) & (start + channel < D)
-        gradient = _gradient(D_NORMED, D_HEAD, token, start + channel, at, mask, left, WIDTH, "evict_last")
-        x = tl.load(X + at, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
-        products += _added(gradient * x, TOKENS, TILE)
-    mean = (tl.sum(products, 1) / D)[:, None] * rstd
+        column = tl.arange(0, BLOCK_WIDTH)[None, :]
+        mask = (token < M)[:, None] & (column < WIDTH)
+        d_head = tl.load(D_HEAD + token[:, None] * WIDTH + column, mask, 0.0).to(tl.float32)
+        along += tl.sum(d_head * tl.load(X + token[:, None] * D + column, mask, 0.0).to(tl.float32), 1) * rstd
     normed_scale = tl.load(NORMED_SCALE)
     scale = tl.load(SCALE)
-    if MIX:
-        resid_lambda = tl.load(LAMBDAS)
-        x0_lambda = tl.load(LAMBDAS + 1)
-        along_stream = tl.zeros((TOKENS, TILE // 8), tl.float32)
-        along_x0 = tl.zeros((TOKENS, TILE // 8), tl.float32)
+    lambda0 = 1.0
+    lambda1 = 0.0
+    if X0 is not None:
+        lambda0 = tl.load(LAMBDAS)
+        lambda1 = tl.load(LAMBDAS + 1)
+    r0, r1, r2, r3 = _fourths(rstd, TOKENS)
+    m0, m1, m2, m3 = _fourths(along / D, TOKENS)
+    c0, n0, b0, s0, z0 = _gradient_quarter(
+        0, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r0, m0, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    )  # fmt: skip
+    c1, n1, b1, s1, z1 = _gradient_quarter(
+        1, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r1, m1, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    )  # fmt: skip
+    c2, n2, b2, s2, z2 = _gradient_quarter(
+        2, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r2, m2, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    )  # fmt: skip
+    c3, n3, b3, s3, z3 = _gradient_quarter(
+        3, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r3, m3, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    )  # fmt: skip
+    store_across(DX_T, c0, c1, c2, c3, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    store_across(NORMED_T, n0, n1, n2, n3, first_token, first_channel, M, D, TOKENS, CHANNELS)
     if AMAX is not None:
-        largest = tl.zeros((TOKENS, TILE // 8), tl.int32)
-    last = (tl.cdiv(D, TILE) - 1) * TILE
-    for back in range(0, D, TILE):
-        start = last - back
-        at = token * D + (start + channel)
-        mask = (token < left) & (start + channel < D)
-        gradient = _gradient(D_NORMED, D_HEAD, token, start + channel, at, mask, left, WIDTH, "evict_first")
-        x = tl.load(X + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
-        ds = tl.load(D_STREAM + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
-        normed = x * rstd
-        ds += rstd * (gradient - normed * mean)
-        dx = ds
-        if MIX:
-            x0 = tl.load(X0 + first_token * D + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
-            along_stream += _added(ds * x, TOKENS, TILE)
-            along_x0 += _added(ds * x0, TOKENS, TILE)
-            dx0 = ds * x0_lambda
-            if D_X0_IN is not None:
-                dx0 += tl.load(D_X0_IN + first_token * D + at, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
-            tl.store(D_X0 + first_token * D + at, dx0.to(D_X0.dtype.element_ty), mask, eviction_policy="evict_first")
-            dx = ds * resid_lambda
-        if AMAX is not None:
-            magnitude = tl.reshape(dx.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (TOKENS, TILE // 8, 8))
-            largest = tl.maximum(largest, tl.max(magnitude, 2))
-        tl.store(DX + first_token * D + at, dx.to(DX.dtype.element_ty), mask, eviction_policy="evict_first")
-        codes = to_fp8(dx * scale, DTYPE)
-        tl.store(DX_Q + first_token * D + at, codes, mask, eviction_policy="evict_first")
-        corner = start * (first_token + left) + first_token  # start · M, in 64 bits
-        tl.store(DX_T + corner + (channel * M + token), codes, mask)
-        tl.store(NORMED_T + corner + (channel * M + token), to_fp8(normed * normed_scale, NORMED_DTYPE), mask)
-    if AMAX is not None:
-        raise_amax(AMAX, tl.max(tl.ravel(largest), 0))
-    if MIX:
-        program = tl.program_id(0)
-        x0_sum = tl.sum(tl.ravel(along_x0), 0)
-        tl.store(D_LAMBDAS + 2 * program, (tl.sum(tl.ravel(along_stream), 0) - x0_lambda * x0_sum) / resid_lambda)
-        tl.store(D_LAMBDAS + 2 * program + 1, x0_sum)
+        raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    if X0 is not None:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        along_stream = tl.sum(tl.ravel((s0 + s1) + (s2 + s3)), 0)
+        along_x0 = tl.sum(tl.ravel((z0 + z1) + (z2 + z3)), 0)
+        tl.store(D_LAMBDAS + 2 * program, (along_stream - lambda1 * along_x0) / lambda0)
+        tl.store(D_LAMBDAS + 2 * program + 1, along_x0)
+
+
+@triton.jit
+def _fourths(of_tokens, TOKENS: tl.constexpr):
+    """A number of each token as columns for the quarters of a tile, (TOKENS / 4, 1) each."""
+    pairs = tl.reshape(of_tokens, (TOKENS // 4, 2, 2))
+    even, odd = tl.split(pairs)
+    f0, f2 = tl.split(even)
+    f1, f3 = tl.split(odd)
+    return f0[:, None], f1[:, None], f2[:, None], f3[:, None]
 
 
 def _forward(
@@ -191,6 +222,7 @@ def norm_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _backward(
     d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, d_head: Tensor | None, x0: Tensor | None, lambdas: Tensor | None,
     d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+    along: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     d_normed, x, d_stream = d_normed.contiguous(), x.contiguous(), d_stream.contiguous()
     d_head, x0, lambdas, d_x0 = (None if t is None else t.contiguous() for t in (d_head, x0, lambdas, d_x0))
@@ -200,33 +232,41 @@ def _backward(
     normed_t = torch.empty(d, m, dtype=normed_dtype, device=x.device)
     dx_q, dx_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, d), (d, m)))
     width = 0 if d_head is None else d_head.shape[-1]
-    programs = triton.cdiv(m, TOKENS)
-    partial = None if x0 is None else torch.empty(programs, 2, dtype=torch.float32, device=x.device)
-    _norm_backward_quantize[(programs,)](
-        d_normed, x, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, scale,
-        dx, new_d_x0, partial, normed_t, dx_q, dx_t, as_bits(amax), m, d, width,
-        NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=TOKENS, TILE=TILE, num_warps=16, num_stages=1,
-    )  # fmt: skip
+    grid = triton.cdiv(d, CHANNELS), triton.cdiv(m, TOKENS)
+    partial = None if x0 is None else torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
+    if along is None and m:
+        along, block = torch.empty(1, m, dtype=torch.float32, device=x.device), triton.next_power_of_2(d)
+        _row_products[(m,)](d_normed, x, rstd, along, d, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    if m:
+        assert along is not None and along.is_contiguous()
+        _norm_backward_quantize[grid](
+            d_normed, along, x, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, scale,
+            dx, new_d_x0, partial, normed_t, dx_q, dx_t, as_bits(amax), m, d, width, len(along),
+            NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
+            BLOCK_PARTS=triton.next_power_of_2(len(along)), BLOCK_WIDTH=triton.next_power_of_2(max(1, width)), num_warps=8,
+        )  # fmt: skip
     return dx, new_d_x0, None if partial is None else partial.sum(0), normed_t, dx_q, dx_t
 
 
 def norm_backward_quantize(
     d_normed: Tensor, x: Tensor, rstd: Tensor, d_stream: Tensor, normed_scale: Tensor, normed_dtype: torch.dtype,
-    scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+    scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, along: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.norm_backward_quantize`."""
-    dx, _, _, *rest = _backward(d_normed, x, rstd, d_stream, None, None, None, None, normed_scale, normed_dtype, scale, dtype, amax)
-    normed_t, dx_q, dx_t = rest
+    dx, _, _, normed_t, dx_q, dx_t = _backward(
+        d_normed, x, rstd, d_stream, None, None, None, None, normed_scale, normed_dtype, scale, dtype, amax, along
+    )
     return dx, normed_t, dx_q, dx_t
 
 
 def mix_norm_backward_quantize(
     d_stream: Tensor, d_normed: Tensor, d_head: Tensor | None, stream: Tensor, x0: Tensor, lambdas: Tensor, rstd: Tensor,
     d_x0: Tensor | None, normed_scale: Tensor, normed_dtype: torch.dtype, scale: Tensor, dtype: torch.dtype, amax: Tensor | None,
+    *, along: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `nvfp8.reference_fp8.mix_norm_backward_quantize`."""
     dx, new_d_x0, d_lambdas, normed_t, dx_q, dx_t = _backward(
-        d_normed, stream, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, normed_dtype, scale, dtype, amax
+        d_normed, stream, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, normed_dtype, scale, dtype, amax, along
     )
     assert new_d_x0 is not None and d_lambdas is not None
     return dx, new_d_x0, d_lambdas, normed_t, dx_q, dx_t

@@ -24,7 +24,7 @@ BLOCK = 8192  # elements a program of `amax_`
 
 
 @triton.jit
-def _at(which: tl.constexpr, first_row, first_column, ROW_END, COLUMN_END, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def every_fourth(which: tl.constexpr, first_row, first_column, ROW_END, COLUMN_END, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Where every fourth row of a tile, from row `which` on, lies in a matrix (ROW_END, COLUMN_END), and what of it exists."""
     row = tl.arange(0, ROWS // 4)[:, None] * 4 + which
     column = tl.arange(0, COLUMNS)[None, :]
@@ -50,7 +50,7 @@ def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+def store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     token = tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = (first_token + token < M) & (first_channel + channel < N)
@@ -63,7 +63,7 @@ def _quarter(
     which: tl.constexpr, X, Q, scale, first_token, first_channel, M, N,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    at, mask = every_fourth(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
     if RELU_SQUARED:
         x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
@@ -89,7 +89,7 @@ def _quantize(
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
     if COLUMNS:
-        _store_across(Q_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+        store_across(Q_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
 
 
 @triton.jit
@@ -97,38 +97,43 @@ def _gradient_quarter(
     which: tl.constexpr, D_A, a, DH, factor, scale, first_token, first_channel, M, N,
     DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    at, mask = _at(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
-    dh = tl.load(D_A + at, mask, 0.0).to(tl.float32) * (tl.sqrt(a.to(tl.float32)) * factor)
+    at, mask = every_fourth(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    root = tl.sqrt(a.to(tl.float32))
+    dh = tl.load(D_A + at, mask, 0.0).to(tl.float32) * (root * factor)
     codes = to_fp8(dh * scale, DTYPE)
     tl.store(DH + at, codes, mask)
-    return codes, dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return codes, dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF, tl.sum(dh * root, 1)
 
 
 @triton.jit
 def _relu_squared_backward_quantize(
-    D_A, A_T, A_SCALE, SCALE, DH, DH_T, AMAX, M, N, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
+    D_A, A_T, A_SCALE, SCALE, DH, DH_T, ALONG, AMAX, M, N, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     token = tl.program_id(1).to(tl.int64) * TOKENS
     channel = tl.program_id(0).to(tl.int64) * CHANNELS
     scale = tl.load(SCALE)
-    factor = 2.0 * tl.rsqrt(tl.load(A_SCALE))  # 2·√(a / scale) = √a · (2 / √scale): one factor for all instead of divisions
+    per_root = tl.rsqrt(tl.load(A_SCALE))
+    factor = 2.0 * per_root  # 2·√(a / scale) = √a · (2 / √scale): one factor for all instead of divisions
     # aᵀ is read as it lies, in quarters too, and turned round as FP8.
-    at, mask = _at(0, channel, token, N, M, CHANNELS, TOKENS)
+    at, mask = every_fourth(0, channel, token, N, M, CHANNELS, TOKENS)
     r0 = tl.load(A_T + at, mask, 0.0)
-    at, mask = _at(1, channel, token, N, M, CHANNELS, TOKENS)
+    at, mask = every_fourth(1, channel, token, N, M, CHANNELS, TOKENS)
     r1 = tl.load(A_T + at, mask, 0.0)
-    at, mask = _at(2, channel, token, N, M, CHANNELS, TOKENS)
+    at, mask = every_fourth(2, channel, token, N, M, CHANNELS, TOKENS)
     r2 = tl.load(A_T + at, mask, 0.0)
-    at, mask = _at(3, channel, token, N, M, CHANNELS, TOKENS)
+    at, mask = every_fourth(3, channel, token, N, M, CHANNELS, TOKENS)
     r3 = tl.load(A_T + at, mask, 0.0)
     a0, a1, a2, a3 = _quarters(tl.trans(interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
-    c0, b0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c1, b1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c2, b2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c3, b3 = _gradient_quarter(3, D_A, a3, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c0, b0, s0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c1, b1, s1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c2, b2, s2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c3, b3, s3 = _gradient_quarter(3, D_A, a3, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
-    _store_across(DH_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+    store_across(DH_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
+    row = token + tl.arange(0, TOKENS)
+    along = tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (TOKENS,))
+    tl.store(ALONG + tl.program_id(0).to(tl.int64) * M + row, along * per_root, row < M)
 
 
 @triton.jit
@@ -180,14 +185,16 @@ def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Te
 
 def relu_squared_backward_quantize(
     d_a: Tensor, a_t: Tensor, a_scale: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `nvfp8.reference_fp8.relu_squared_backward_quantize`."""
     d_a, a_t = d_a.contiguous(), a_t.contiguous()
     m, n = d_a.shape
     dh, dh_t = (torch.empty(shape, dtype=dtype, device=d_a.device) for shape in ((m, n), (n, m)))
+    grid = _grid(m, n)
+    along = torch.empty(grid[0], m, dtype=torch.float32, device=d_a.device)
     if d_a.numel():
-        _relu_squared_backward_quantize[_grid(m, n)](
-            d_a, a_t, a_scale, scale, dh, dh_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
+        _relu_squared_backward_quantize[grid](
+            d_a, a_t, a_scale, scale, dh, dh_t, along, as_bits(amax), m, n, DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
             num_warps=8,
         )  # fmt: skip
-    return dh, dh_t
+    return dh, dh_t, along

@@ -145,14 +145,15 @@ def compile_fp8(kernels: Any) -> None:
         kernels.add_norm_quantize(x, x, one, dtype, amax), kernels.norm_quantize(x, one, dtype)
         for pending, head in ((x, x[..., :12].contiguous()), (None, None)):
             kernels.mix_norm_quantize(x, pending, x, lambdas, 0 if head is None else 12, one, dtype, amax)
-        kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax)
-        for d_x0, head in ((x, x[..., :12].contiguous()), (None, None)):
-            kernels.mix_norm_backward_quantize(x, x, head, x, x, lambdas, rstd, d_x0, one, e4m3, one, dtype, amax)
+        along = torch.zeros(24, 128)
+        kernels.norm_backward_quantize(x, x, rstd, x, one, e4m3, one, dtype, amax, along=along if EVERY else None)
+        for d_x0, head, known in ((x, x[..., :12].contiguous(), along), (None, None, None)):
+            kernels.mix_norm_backward_quantize(x, x, head, x, x, lambdas, rstd, d_x0, one, e4m3, one, dtype, amax, along=known)
         heads, cos = width // 128, torch.zeros(64, 64, dtype=torch.bfloat16)
         q, ids, table = x.view(2, 64, heads, 128), torch.arange(128).view(2, 64), x.view(128, width)
         gate, of_heads = torch.zeros(2, 64, heads, dtype=torch.bfloat16), torch.ones(2, 64, 2 * heads)
         for values in ((None, None, None), (gate, table, ids)):
-            kernels.heads_backward_quantize(q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
+            kernels.heads_backward_quantize(q, q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
         logits, targets = torch.zeros(16, 32768, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
         losses, codes, codes_t = torch.zeros(16), torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
         for factor, outputs in ((None, (codes, codes_t)), (one, (codes, None)), (one, (None, codes_t))):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import reference
+from nvfp8.reference_math import rotate
 from nvfp8.rounding import FORMATS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,6 +190,12 @@ def leaf(x: Tensor) -> Tensor:
     return x.double().requires_grad_()
 
 
+def parts_along(d_normed: Tensor, normed: Tensor) -> Tensor:
+    """Σ d_normed·x̂ of every token in three parts, as a layer behind the norm would know it."""
+    sums = (d_normed.double() * normed.detach().double()).sum(-1).flatten()
+    return torch.stack((0.5 * sums, 2 * sums, -1.5 * sums)).float()
+
+
 @pytest.mark.parametrize("with_pending", [True, False])
 def test_twins_of_the_mix(with_pending: bool, dtype: torch.dtype) -> None:
     shape, width, scale, normed_scale = (3, 7, 48), 5, scalar(0.37), scalar(31.0)
@@ -210,16 +217,17 @@ def test_twins_of_the_mix(with_pending: bool, dtype: torch.dtype) -> None:
     if d_head is not None:
         loss = loss + (normed[..., :width] * d_head.double()).sum()
     dx, dx0, d_lambdas = torch.autograd.grad(loss, (wide_x, wide_x0, wide_lambdas))
-    amax = scalar(0.0)
-    found = reference.mix_norm_backward_quantize(
-        d_stream, d_normed, d_head, result[0], x0, lambdas, result[3], d_x0 if with_pending else None,
-        normed_scale, E4M3, scale, dtype, amax,
-    )  # fmt: skip
-    assert error(found[0], dx) < 1e-6 and error(found[2], d_lambdas) < 1e-4
-    assert error(found[1], dx0 + d_x0.double() if with_pending else dx0) < 1e-6
-    for ours, exact in zip(found[3:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
-        assert_codes(ours, exact)
-    assert abs(amax / dx.abs().max() - 1) < 2e-6
+    for along in (None, parts_along(d_normed, normed)):
+        amax = scalar(0.0)
+        found = reference.mix_norm_backward_quantize(
+            d_stream, d_normed, d_head, result[0], x0, lambdas, result[3], d_x0 if with_pending else None,
+            normed_scale, E4M3, scale, dtype, amax, along=along,
+        )  # fmt: skip
+        assert error(found[0], dx) < 1e-6 and error(found[2], d_lambdas) < 1e-4
+        assert error(found[1], dx0 + d_x0.double() if with_pending else dx0) < 1e-6
+        for ours, exact in zip(found[3:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
+            assert_codes(ours, exact)
+        assert abs(amax / dx.abs().max() - 1) < 2e-6
 
 
 def test_twins_of_the_norm(dtype: torch.dtype) -> None:
@@ -232,10 +240,11 @@ def test_twins_of_the_norm(dtype: torch.dtype) -> None:
     assert_codes(q, codes(normed.flatten(0, 1), normed_scale, E4M3))
     (dx,) = torch.autograd.grad((normed * d_normed.double() + wide * d_stream.double()).sum(), wide)
     amax = scalar(0.0)
-    found = reference.norm_backward_quantize(d_normed, x, rstd, d_stream, normed_scale, E4M3, scale, dtype, amax)
-    assert error(found[0], dx) < 1e-6 and abs(amax / dx.abs().max() - 1) < 2e-6
-    for ours, exact in zip(found[1:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
-        assert_codes(ours, exact)
+    for along in (None, parts_along(d_normed, normed)):
+        found = reference.norm_backward_quantize(d_normed, x, rstd, d_stream, normed_scale, E4M3, scale, dtype, amax, along=along)
+        assert error(found[0], dx) < 1e-6 and abs(amax / dx.abs().max() - 1) < 2e-6
+        for ours, exact in zip(found[1:], (both(normed, normed_scale, E4M3)[1], *both(dx, scale, dtype)), strict=True):
+            assert_codes(ours, exact)
 
 
 def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
@@ -259,8 +268,9 @@ def test_twins_of_the_mlp(dtype: torch.dtype) -> None:
         reference.gemm_relu_squared_backward(dy, w_t, *inverses, a_t, a_scale, scale, dtype, False, None),
         reference.relu_squared_backward_quantize(d_a.float(), a_t, a_scale, scale, dtype, None),
     ):
-        for ours, theirs in zip(found, both(dh, scale, dtype), strict=True):
+        for ours, theirs in zip(found[:2], both(dh, scale, dtype), strict=True):
             assert_codes(ours, theirs)
+        assert error(found[2].sum(0), (dh * (a_t.double().t() / a_scale.double()).sqrt()).sum(1)) < 1e-6
     # And what that is good for: the gradient of relu², but for the rounding of a.
     assert error(dh, torch.autograd.grad((exact * d_a).sum(), h)[0]) < 0.03
 
@@ -274,31 +284,49 @@ def heads_arguments(stream: torch.dtype, values: bool, heads: tuple[int, int], s
     gate = random(batch, length, n_kv, dtype=stream, seed=4) if values else None
     table = random(rows, n_kv * size, dtype=stream, seed=5) if values else None
     ids = (torch.arange(batch * length, device=DEVICE) % rows).view(batch, length) if values else None
+    # One head's queries are so small that eps counts in their norm.
+    qkv[..., :size] *= 2.0**-12
     q, k, v, rstd = reference.heads_forward(qkv, cos, sin, heads, gate, table, ids)
     gradients = (random(*t.shape, dtype=stream, seed=6 + i) for i, t in enumerate((q, k, v)))
-    return (*gradients, q, k, rstd, cos, sin, gate, table, ids)
+    return (*gradients, q, k, v, rstd, cos, sin, gate, table, ids)
 
 
 @pytest.mark.parametrize("values", [True, False])
 def test_twin_of_the_heads(values: bool, dtype: torch.dtype) -> None:
     arguments, scale, amax = heads_arguments(torch.float32, values, (3, 2), 16), scalar(0.37), scalar(0.0)
-    wide = (t.double() if t is not None and t.is_floating_point() else t for t in arguments)
-    d_qkv, d_gate = reference.heads_backward(*wide)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in arguments]
+    d_qkv, d_gate = reference.heads_backward(*wide[:5], *wide[6:])
     found = reference.heads_backward_quantize(*arguments, scale, dtype, amax)
     for ours, exact in zip(found[:2], both(d_qkv, scale, dtype), strict=True):
         assert_codes(ours, exact)
     assert abs(amax / d_qkv.abs().max() - 1) < 1e-6
     assert (found[2] is None) == (not values) and (d_gate is None or error(found[2], d_gate) < 1e-6)
+    # Of qkv as it was: q and k without their norms, v without the value embedding.
+    dq, dk, dv, q, k, v, rstd, cos, sin, gate, table, ids = wide
+    before = [rotate(t / reference.QK_SCALE / r[..., None], cos, -sin) for t, r in ((q, rstd[:, :, :3]), (k, rstd[:, :, 3:]))]
+    before.append(v if gate is None else v - gate[..., None] * table[ids].view_as(v))
+    true = (d_qkv.unflatten(2, (-1, 16)) * torch.cat(before, 2)).sum(-1).flatten(0, 1).t()
+    assert error(found[3], true) < 1e-6 and error(found[3][:5], true[:5]) < 1e-2 and true[0].norm() > 0.1 * true[-1].norm()
 
 
-def compare(name: str, *arguments: object, exact: Tensor | None = None) -> tuple[Tensor | None, ...]:
+ALONG = ("relu_squared_backward_quantize", "gemm_relu_squared_backward", "heads_backward_quantize")
+
+
+def compare(name: str, *arguments: object, exact: Tensor | None = None, **more: object) -> tuple[Tensor | None, ...]:
     """Run a kernel and its twin: outputs and amax must agree, be the same again, and an amax that is large already must stay.
 
     Without amax it is another kernel, of whose a·b + c·d the compiler may fuse the other product: that one agrees, no more.
     With `exact`, which both results are copies of, neither may err more than 1.05 times as much as the twin.
     """
     amaxes = scalar(0.0), scalar(0.0)
-    ours, theirs = (getattr(module, name)(*arguments, amax) for module, amax in zip((kernels, reference), amaxes, strict=True))
+    ours, theirs = (
+        getattr(module, name)(*arguments, amax, **more) for module, amax in zip((kernels, reference), amaxes, strict=True)
+    )
+    if name in ALONG:  # in as many parts as a kernel likes
+        *ours, along = ours
+        *theirs, of_twin = theirs
+        assert along.dtype == of_twin.dtype == torch.float32
+        assert error(along.sum(0), of_twin.double().sum(0)) < (1e-6 if exact is None else 1e-3)
     if exact is None:
         assert_same(ours, theirs)
         assert abs(amaxes[0] / amaxes[1] - 1) < 2e-6 or (amaxes[0] == amaxes[1] == 0), (name, amaxes)
@@ -307,11 +335,13 @@ def compare(name: str, *arguments: object, exact: Tensor | None = None) -> tuple
         assert error(ours[0].float(), exact) <= 1.05 * error(theirs[0].float(), exact)
         assert abs(amaxes[0] / amaxes[1] - 1) < 1e-2, (name, amaxes)
     high = scalar(1e9)
-    again = getattr(kernels, name)(*arguments, high)
+    again = getattr(kernels, name)(*arguments, high, **more)
     assert high == 1e9
-    for a, b in zip(ours, again, strict=True):
+    for a, b in zip(ours, again, strict=name not in ALONG):
         assert a is b is None or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)), "deterministic"
-    assert_same(getattr(kernels, name)(*arguments, None), ours)
+    if name in ALONG:
+        assert torch.equal(along, again[-1]), "deterministic"
+    assert_same(getattr(kernels, name)(*arguments, None, **more)[: len(ours)], ours)
     return theirs
 
 
@@ -326,9 +356,14 @@ def test_mix(shape: tuple[int, ...], complete: bool, stream: torch.dtype) -> Non
     lambdas, normed_scale = torch.tensor([1.125, 0.1875], device=DEVICE), scalar(31.0)
     mixed, _, _, rstd = compare("mix_norm_quantize", x, pending, x0, lambdas, width, normed_scale, E4M3)
     arguments = (d_stream, d_normed, d_head, mixed, x0, lambdas, rstd, d_x0 if complete else None)
+    for along in (None, parts_along(d_normed, mixed * rstd[..., None])):
+        check_mix_backward(along, mixed, x0, (*arguments, normed_scale, E4M3, scalar(0.37), E5M2))
+
+
+def check_mix_backward(along: Tensor | None, mixed: Tensor, x0: Tensor, arguments: tuple[object, ...]) -> None:
     amaxes = scalar(0.0), scalar(0.0)
     ours, twin = (
-        module.mix_norm_backward_quantize(*arguments, normed_scale, E4M3, scalar(0.37), E5M2, amax)
+        module.mix_norm_backward_quantize(*arguments, amax, along=along)
         for module, amax in zip((kernels, reference), amaxes, strict=True)
     )
     # dλ is a sum with much cancellation: its error is measured against the size of its terms, not of what is left.
@@ -343,7 +378,8 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, stream: torch.dtype) -
     branch, before, d_stream, d_normed = (random(*shape, dtype=stream, seed=seed) for seed in range(4))
     x, q, rstd = compare("add_norm_quantize", before, branch, scalar(31.0), dtype)
     assert_same((kernels.norm_quantize(x, scalar(31.0), dtype),), (q,))
-    compare("norm_backward_quantize", d_normed, x, rstd, d_stream, scalar(31.0), E4M3, scalar(0.37), dtype)
+    for along in (None, parts_along(d_normed, x * rstd[..., None])):
+        compare("norm_backward_quantize", d_normed, x, rstd, d_stream, scalar(31.0), E4M3, scalar(0.37), dtype, along=along)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (131, 270), (256, 128)])
