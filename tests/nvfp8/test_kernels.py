@@ -251,6 +251,38 @@ def unaligned(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return inside, memory
 
 
+def test_the_softcaps_polynomial() -> None:
+    """Off by no more than its comment says, in fp32 with fused multiply-adds."""
+    from nvfp8.kernels.cross_entropy import SHARE
+
+    y = torch.linspace(-1, 1, 200_001, dtype=torch.float64).float().double()
+    square = (y * y).float().double()
+    q = torch.full_like(y, SHARE[-1])
+    for constant in SHARE[-2::-1]:
+        q = (q * square + constant).float().double()
+    assert ((y * q + 0.5).float() - 1 / (1 + (2 * y).exp())).abs().max() <= 6.1e-8
+
+
+def test_softcap_of_logits_of_any_size(dtype: torch.dtype) -> None:
+    """Below the cap, where a polynomial serves on a GPU, at it, far above, infinite; and what is not a number stays visible."""
+    steps = torch.linspace(-45, 45, 509, device=DEVICE).to(dtype)
+    logits = torch.stack((steps, steps.flip(0) / 3, torch.full_like(steps, 15.0), steps.clamp(-15, 15)))
+    logits[0, :2] = torch.tensor([torch.inf, -torch.inf])
+    targets = torch.tensor([7, 3, 0, 508], device=DEVICE)
+    kernel, twin, exact = (
+        (module.softcap_cross_entropy_(given, targets, 509, 15.0, scale), given)
+        for module, given, scale in (
+            (kernels, logits.clone(), torch.ones((), device=DEVICE)),
+            (reference, logits.clone(), torch.ones((), device=DEVICE)),
+            (reference, logits.double(), torch.ones((), device=DEVICE, dtype=torch.float64)),
+        )
+    )
+    compare(kernel, twin, exact)
+    logits[1, 200] = torch.nan
+    losses = kernels.softcap_cross_entropy_(logits, targets, 509, 15.0, None)
+    assert losses.isnan().tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("shape", STACKS)
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 def test_muon_nesterov(shape: tuple[int, int, int], stored: torch.dtype, dtype: torch.dtype) -> None:
