@@ -293,12 +293,12 @@ def _linear(x: Tensor, weight: Tensor, handle: Tensor, keep: bool, cached: bool,
             if keep:
                 kept, kept_inverse = fine.cast(padded.t(), casts.recipe.wgrad.right, casts.emulated)
         else:
-            q, t, _, inverse = cast(padded, casts.x, True, keep)
-            assert q is not None
-            product = fp8_matmul(q, w.q, inverse, w.inverse, x.dtype, fprop.fast_accumulation, emulated=casts.emulated)
+            x_q = cast(padded, casts.x, True, keep)
+            assert x_q.q is not None
+            product = fp8_matmul(x_q.q, w.q, x_q.inverse, w.inverse, x.dtype, fprop.fast_accumulation, emulated=casts.emulated)
             if keep:
-                assert t is not None
-                kept, kept_inverse = t, inverse
+                assert x_q.t is not None
+                kept, kept_inverse = x_q.t, x_q.inverse
     return _shaped(product[: len(flat)], x), kept, kept_inverse
 
 
@@ -322,13 +322,13 @@ def _linear_backward(
                 dy_t, kept = fine.cast(padded.t(), wgrad.left, emulated), fine.FineFP8(x_t, x_inverse)
                 dw = fine.product(dy_t, kept, weight.dtype, wgrad.fast_accumulation, emulated)
         else:
-            q, t, _, inverse = cast(padded, casts.dy, to_x, to_w)
+            dy_q = cast(padded, casts.dy, to_x, to_w)
             if to_x:
-                assert q is not None
-                dx = fp8_matmul(q, w.t, inverse, w.inverse, dy.dtype, dgrad.fast_accumulation, emulated=emulated)
+                assert dy_q.q is not None
+                dx = fp8_matmul(dy_q.q, w.t, dy_q.inverse, w.inverse, dy.dtype, dgrad.fast_accumulation, emulated=emulated)
             if to_w:
-                assert t is not None
-                dw = fp8_matmul(t, x_t, inverse, x_inverse, weight.dtype, wgrad.fast_accumulation, emulated=emulated)
+                assert dy_q.t is not None
+                dw = fp8_matmul(dy_q.t, x_t, dy_q.inverse, x_inverse, weight.dtype, wgrad.fast_accumulation, emulated=emulated)
     return _shaped(dx[: len(flat)], dy) if to_x else dx, dw
 
 

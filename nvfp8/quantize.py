@@ -75,13 +75,15 @@ def measured(site: Site, cast: Callable[[Tensor, Tensor | None], tuple[Tensor, .
 
     Args:
         site: says by which scale.
-        cast: takes scale and amax, 0-D fp32 (amax may be None), returns q (M, N), t (N, M), and of a gradient what is known along it.
+        cast: takes scale and amax, 0-D fp32 (amax may be None), returns q (M, N), t (N, M), and of a gradient `along`.
     """
-    scale, inverse, amax = site.scale, site.inverse, site.amax
-    if not site.ready:
-        cast(torch.ones_like(amax), measure := torch.zeros_like(amax))
-        (scale, inverse), amax = site.scales(measure), None
-    q, t, *along = cast(scale, amax)
+    if site.ready:
+        q, t, *along = cast(site.scale, site.amax)
+        return Quantized(q, t, site.scale, site.inverse, *along)
+    amax = torch.zeros_like(site.amax)
+    cast(torch.ones_like(amax), amax)
+    scale, inverse = site.scales(amax)
+    q, t, *along = cast(scale, None)
     return Quantized(q, t, scale, inverse, *along)
 
 

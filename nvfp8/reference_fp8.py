@@ -177,8 +177,8 @@ def relu_squared_backward_quantize(
         amax: 0-D fp32 of dh, raised in place, or None.
 
     Returns:
-        dh (M, N), dhᵀ (N, M), and what a norm before the layer wants to know (`norm_backward_quantize`): P parts of Σ dh·h for every
-        token, (P, M) fp32.
+        dh (M, N), dhᵀ (N, M), and what a norm before the layer wants to know (`norm_backward_quantize`), P parts of Σ dh·h for
+        every token: (P, M) fp32.
     """
     return _relu_squared_gradient(wide(d_a), a_t, a_scale, scale, dtype, amax)
 

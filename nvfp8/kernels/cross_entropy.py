@@ -41,7 +41,15 @@ def _share_of_four() -> str:
         ways["far"] += [f"mul.f32 s, {y}, 0f4038AA3B;", "ex2.approx.ftz.f32 s, s;"]  # 2·log₂e
         ways["far"] += ["add.f32 s, s, 0f3F800000;", f"rcp.approx.ftz.f32 {r}, s;"]
     largest = [f"abs.f32 q, ${at}; max.f32 s, s, q;" for at in (5, 6, 7)]
-    lines = ["{", ".reg .pred far;", ".reg .f32 s, q;", "abs.f32 s, $4;", *largest, "setp.gt.f32 far, s, 0f3F800000;", "@far bra FAR;"]
+    lines = [
+        "{",
+        ".reg .pred far;",
+        ".reg .f32 s, q;",
+        "abs.f32 s, $4;",
+        *largest,
+        "setp.gt.f32 far, s, 0f3F800000;",
+        "@far bra FAR;",
+    ]
     return "\n".join([*lines, *ways["near"], "bra.uni DONE;", "FAR:", *ways["far"], "DONE:", "}"])
 
 

@@ -2,8 +2,8 @@
 
 A program takes 64 tokens of one head. Its two halves are tiles of 64 × E/2, which leave as 64 bytes a row and, transposed, as 64
 bytes a row too (E = 128). Bytes an element of d_qkv, without angles and 1/rms: 2 + 2 read (gradient and output; of v 2 more where
-a value embedding is gathered), 1 + 1 written, and a number a head, Σ d_qkv·qkv, which saves the norm's backward reading 4. 32,768 tokens × 36 heads are 18,432 programs of 8 warps, 16 elements
-of each half a thread.
+a value embedding is gathered), 1 + 1 written. v is read for one number a head and token, Σ d_qkv·qkv, which saves the norm before
+the projections reading its rows twice. 32,768 tokens × 36 heads are 18,432 programs of 8 warps, 16 elements of each half a thread.
 """
 
 import torch

@@ -74,8 +74,8 @@ def _eighth(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _gradient_quarter(
-    which: tl.constexpr, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, rstd, mean, lambda0, lambda1, normed_scale, scale,
-    first_token, first_channel, M, D, WIDTH, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    which: tl.constexpr, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, rstd, mean, lambda0, lambda1,
+    normed_scale, scale, first_token, first_channel, M, D, WIDTH, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     at, mask = every_fourth(which, first_token, first_channel, M, D, TOKENS, CHANNELS)

@@ -51,6 +51,7 @@ def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store a tile's codes, in quarters (TOKENS / 4, CHANNELS), transposed: Q_T is (N, M)."""
     token = tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = (first_token + token < M) & (first_channel + channel < N)

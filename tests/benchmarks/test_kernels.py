@@ -61,7 +61,9 @@ def test_bytes_are_those_of_the_tensors(name: str, counted: dict[str, tuple[Case
         "quantize": 4 * max(m, d, m * d // 128),
     }
     assert 0 <= must - ELEMENT[name] * m * d <= small.get(name.split("_")[0], 0)
-    assert case.more == {"norm_backward_quantize": 4 * m * (4 * d // 256), "mix_norm_backward_quantize": 4 * m * 3 * heads}.get(name, 0)
+    assert case.more == {"norm_backward_quantize": 4 * m * (4 * d // 256), "mix_norm_backward_quantize": 4 * m * 3 * heads}.get(
+        name, 0
+    )
     assert case.flops == (0 if "gemm" not in name else 6 * m * d * d if "heads" in name else 8 * m * d * d)
 
 

@@ -5,7 +5,6 @@ compiled. Codes must be the twin's in 99.9% of places, and one code off in the r
 multiply-add, moves a value over the border between two codes now and then.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -302,7 +301,7 @@ def test_twin_of_the_heads(values: bool, dtype: torch.dtype) -> None:
     assert abs(amax / d_qkv.abs().max() - 1) < 1e-6
     assert (found[2] is None) == (not values) and (d_gate is None or error(found[2], d_gate) < 1e-6)
     # Of qkv as it was: q and k without their norms, v without the value embedding.
-    dq, dk, dv, q, k, v, rstd, cos, sin, gate, table, ids = wide
+    _, _, _, q, k, v, rstd, cos, sin, gate, table, ids = wide
     before = [rotate(t / reference.QK_SCALE / r[..., None], cos, -sin) for t, r in ((q, rstd[:, :, :3]), (k, rstd[:, :, 3:]))]
     before.append(v if gate is None else v - gate[..., None] * table[ids].view_as(v))
     true = (d_qkv.unflatten(2, (-1, 16)) * torch.cat(before, 2)).sum(-1).flatten(0, 1).t()
@@ -326,7 +325,8 @@ def compare(name: str, *arguments: object, exact: Tensor | None = None, **more: 
         *ours, along = ours
         *theirs, of_twin = theirs
         assert along.dtype == of_twin.dtype == torch.float32
-        assert error(along.sum(0), of_twin.double().sum(0)) < (1e-6 if exact is None else 1e-3)
+        # Cheap roots are off by 1.3e-7 each; a tensor core's sum of products by up to 0.13 % (docs/results.md).
+        assert error(along.sum(0), of_twin.double().sum(0)) < (2e-6 if exact is None else 3e-3)
     if exact is None:
         assert_same(ours, theirs)
         assert abs(amaxes[0] / amaxes[1] - 1) < 2e-6 or (amaxes[0] == amaxes[1] == 0), (name, amaxes)
@@ -425,38 +425,3 @@ def test_gemm(m: int, n: int, k: int, fast: bool, dtype: torch.dtype) -> None:
     if exact is not None:
         exact = 0.25 * (dy.double() @ w_t.double().t()) * 2 * (a_t.double().t() / a_scale.double()).sqrt() * scale.double()
     compare("gemm_relu_squared_backward", dy, w_t, *inverses, a_t, a_scale, scale, dtype, fast, exact=exact)
-
-
-def fp8_calls(bad: float, stream: torch.dtype) -> dict[str, Callable[[object, Tensor], object]]:
-    """A call of every kernel with one bad number in what it reads."""
-    x = random(2, 16, 32, dtype=stream, seed=1)
-    worse, one, lambdas = x.clone(), scalar(1.0), torch.tensor([1.0, 0.1], device=DEVICE)
-    worse[1, 3, 7] = bad
-    flat, rstd = worse.flatten(0, 1), torch.ones(2, 16, device=DEVICE)
-    arguments = heads_arguments(stream, False, (1, 1), 16)
-    arguments[1][1, 2, 0, 3] = bad
-    a_t, x_q = torch.ones(32, 32, device=DEVICE).to(E4M3), flat.float().clamp(-448, 448).to(E4M3)
-    return {
-        "mix_norm": lambda m, amax: m.mix_norm_quantize(x, worse, x, lambdas, 0, one, E4M3, amax),
-        "add_norm": lambda m, amax: m.add_norm_quantize(x, worse, one, E4M3, amax),
-        "relu_squared": lambda m, amax: m.relu_squared_quantize(flat, one, E4M3, amax),
-        "relu_squared_backward": lambda m, amax: m.relu_squared_backward_quantize(flat, a_t, one, one, E4M3, amax),
-        "norm_backward": lambda m, amax: m.norm_backward_quantize(x, x, rstd, worse, one, E4M3, one, E4M3, amax),
-        "mix_backward": lambda m, amax: m.mix_norm_backward_quantize(
-            worse, x, None, x, x, lambdas, rstd, None, one, E4M3, one, E4M3, amax
-        ),
-        "heads": lambda m, amax: m.heads_backward_quantize(*arguments, one, E4M3, amax),
-        "gemm": lambda m, amax: m.gemm_relu_squared(x_q, x_q, scalar(bad), one, one, E4M3, True, amax),
-    }
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_in_amax(bad: float, stream: torch.dtype) -> None:
-    for name, call in fp8_calls(bad, stream).items():
-        for module in (kernels, reference):
-            amax = scalar(0.0)
-            call(module, amax)
-            assert not amax.isfinite(), name
-
-
-# The head's loss
