@@ -102,6 +102,7 @@ def main() -> None:
         micro_batches.begin()
         for _ in range(args.accumulation):
             loss = micro_batches.run(inputs, targets, 1 / args.accumulation)
+        updates.prepare()
         torch.cuda.synchronize()
         model.scaling.update()
         start = time.perf_counter()

@@ -321,6 +321,7 @@ class Run:
         self.micro_batches.begin()
         for _ in range(self.plan.accumulation):
             loss_sum += self.micro_batches.run(*next(self.batches), 1 / (self.plan.accumulation * self.world.size))
+        self.updates.prepare()
         parallel.reduce_gradients(self.parameters, self.owner)
         return parallel.check_gradients(self.parameters, self.owner, loss_sum)
 
