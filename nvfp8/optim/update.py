@@ -169,9 +169,7 @@ class Replayed:
         return found
 
     @torch.no_grad()
-    def step(
-        self, capture: Callable[[Callable[[], None]], Callable[[], None]], prepared: list[copies.Found] | None = None
-    ) -> bool:
+    def step(self, capture: Callable[[Callable[[], None]], Callable[[], None]], prepared: list[copies.Found] | None = None) -> bool:
         """Make a step, unless `prepare` refuses it.
 
         Args:
