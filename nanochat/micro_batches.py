@@ -62,7 +62,7 @@ class MicroBatches:
         how: "CUDA graphs", or why not, to print.
         replaying: whether the step that has begun is made of graphs.
         behind: what whoever captures what follows keeps here, to be dropped with the micro-batches' graphs: None at first.
-        prepared: what they have done ahead of it in this step, to be dropped when the next one begins.
+        prepared: what they have done of it ahead in this step, to be dropped when the next one begins.
         hidden: bytes in the graphs' pool that the allocator counts as free, and nobody else can have.
     """
 

@@ -24,7 +24,7 @@ from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership, set_hyperparameters
 from nanochat.process import make_deterministic, restored
 from nanochat.state_formats import StateFormats
-from nanochat.train import train
+from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nanochat.updates import Updates
 from nvfp8 import copies
@@ -351,6 +351,32 @@ def config(torch_texts: str) -> TrainConfig:
         num_iterations=10, warmup_steps=2, eval_every=-1, sample_every=-1, core_metric_every=-1,
         deterministic=True,
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_step_is_prepared_before_and_recorded_while_the_gpu_updates(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update, here half a second long, counts to the next step."""
+    update, record = Updates.step, Run._record
+    ends, ahead, over = list[torch.cuda.Event](), list[bool](), list[bool]()
+
+    def slowed(self: Updates) -> None:
+        ahead.append(self._micro_batches.prepared is not None)
+        update(self)
+        torch.cuda._sleep(10**9)  # cycles
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+
+    def noted(self: Run, *given: Any) -> None:
+        over.append(ends[-1].query())
+        record(self, *given)
+
+    monkeypatch.setattr(Updates, "step", slowed)
+    monkeypatch.setattr(Run, "_record", noted)
+    train(replace(config, precision="bf16", model_tag="slowed"))
+    assert ahead == [False] * 2 + [True] * 8  # the second is captured
+    assert over == [False] * 10
+    steps = [each for each in metrics.read(base_dir() / "base_checkpoints" / "slowed") if each["kind"] == "step"]
+    assert min(each["seconds"] for each in steps[1:]) > 0.3
 
 
 def losses_of(directory: Path) -> dict[int, float]:
