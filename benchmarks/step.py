@@ -7,7 +7,8 @@
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Before it
-`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold.
+`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` is
+by the clock, from where the step's outcome is known; what is prepared before (`Updates.prepare`) is in the time of the step alone.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
@@ -102,6 +103,7 @@ def main() -> None:
         micro_batches.begin()
         for _ in range(args.accumulation):
             loss = micro_batches.run(inputs, targets, 1 / args.accumulation)
+        updates.prepare()
         torch.cuda.synchronize()
         model.scaling.update()
         start = time.perf_counter()

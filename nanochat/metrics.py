@@ -36,7 +36,7 @@ class StepRecord:
         step: updates done before this one.
         loss: nats per token, the mean over the step's batch.
         lr_multiplier: the schedule's factor on every learning rate.
-        seconds: wall-clock time of the step.
+        seconds: wall-clock time from one look at gradients to the next (`nanochat/clock.py`).
         tokens: tokens of the step's batch.
         tokens_per_second: throughput of this step.
         mfu: model FLOP/s as a part of the bf16 peak, 0 to 1; None where the peak is not known.

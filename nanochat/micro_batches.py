@@ -62,6 +62,7 @@ class MicroBatches:
         how: "CUDA graphs", or why not, to print.
         replaying: whether the step that has begun is made of graphs.
         behind: what whoever captures what follows keeps here, to be dropped with the micro-batches' graphs: None at first.
+        prepared: what they have done of it ahead in this step, to be dropped when the next one begins.
         hidden: bytes in the graphs' pool that the allocator counts as free, and nobody else can have.
     """
 
@@ -72,6 +73,7 @@ class MicroBatches:
         self.model, self.capturing = model, singly is None
         self.how = f"launched kernel by kernel: {singly}" if singly else "CUDA graphs"
         self._fixed: object = None
+        self.prepared: Any = None
         self.replaying = False
         self._stream: torch.cuda.Stream | None = None
         self._drop()
@@ -88,7 +90,7 @@ class MicroBatches:
         """Before a step's first micro-batch, when no parameter has a gradient."""
         fixed = self.model.scaling.fixed() if self.capturing else None
         self.replaying = fixed is not None and fixed == self._fixed
-        self._fixed, self._index = fixed, 0
+        self._fixed, self._index, self.prepared = fixed, 0, None
         if not self.replaying:
             self._drop()
 

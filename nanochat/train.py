@@ -15,7 +15,6 @@ writes metrics). All of them then end, rather than wait for one that is gone.
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 from nanochat import ahead, checkpoint, gauges, memory, parallel, process, report, run_page, schedule, step_profile
 from nanochat.build import build_model, build_optimizers, check_tokenizer, choose_precision, config_of, load_weights
+from nanochat.clock import Clock
 from nanochat.dataloader import BatchLoader
 from nanochat.dataset import Split, base_dir, resolve
 from nanochat.earlier_runs import move_earlier_run, set_aside_after
@@ -120,6 +120,7 @@ class Run:
                     say(moved)
                 self.metrics = self._open_metrics()
         self._introduce(why, source.describe())
+        self.clock = Clock(world.device)
 
     def _build_optimizers(self) -> None:
         config, model = self.config, self.model
@@ -265,12 +266,15 @@ class Run:
         config, last = self.config, step == self.plan.steps
         stop = parallel.agree(self.failure, request.signal is not None)
         if config.eval_every > 0 and not stop and (last or step % config.eval_every == 0):
-            stop = not self._evaluate(request)
+            with self.clock.stopped():
+                stop = not self._evaluate(request)
         if config.sample_every > 0 and not stop and step > 0 and (last or step % config.sample_every == 0):
-            self._tell(self._sample)
+            with self.clock.stopped():
+                self._tell(self._sample)
         due = last or (step > 0 and config.save_every > 0 and step % config.save_every == 0)
         if (due or stop) and (step != self.start_step or step == 0):
-            self._save()
+            with self.clock.stopped():
+                self._save()
         if stop:
             signal = request.signal
             who = signal.name if signal else "a signal to another rank"
@@ -278,12 +282,12 @@ class Run:
             self._leave(128 + (signal.value if signal else 15))
 
     def step(self) -> None:
-        """One update from `accumulation` micro-batches, and its record."""
-        start = time.perf_counter()
+        """One update from `accumulation` micro-batches, and its record, which is written while the GPU still updates."""
         step, plan, config = self.progress.step, self.plan, self.config
         multiplier = schedule.lr_multiplier(step, plan.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac)
         self._set_rates(multiplier)
         check = self._backward() if self.early is None else self._backward_and_update(self.early)
+        seconds = self._seconds = self.clock.lap()
         bad = check.bad if math.isfinite(check.loss) else "the loss"
         if bad is not None:
             self.model.scaling.forget()
@@ -293,9 +297,6 @@ class Run:
             self.updates.step()
             parallel.broadcast_parameters(self.parameters, self.owner)
         self.model.zero_grad(set_to_none=True)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = self._seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds
         self._tell(lambda metrics: self._record(metrics, step, check.loss, multiplier, seconds, check.norm))
@@ -311,9 +312,15 @@ class Run:
             least = step_profile.floor_of(self.config, self.model, self.plan.accumulation, self.world.size)
             metrics.message("\n".join(["profile of one step", *step_profile.write(done, directory, least, usual)]))
 
-        self._tell(lambda _: step_profile.begin(directory, device))
-        done = step_profile.recorded(self.step, device)
+        def step() -> None:
+            self.clock.restart()  # the profiler takes long to begin, and to end
+            self.step()
+
+        with self.clock.stopped():
+            self._tell(lambda _: step_profile.begin(directory, device))
+        done = step_profile.recorded(step, device)
         self._tell(write)
+        self.clock.restart()
 
     def _backward(self) -> parallel.GradientCheck:
         """Gradients of `accumulation` micro-batches, summed over ranks and looked at."""
@@ -321,6 +328,7 @@ class Run:
         self.micro_batches.begin()
         for _ in range(self.plan.accumulation):
             loss_sum += self.micro_batches.run(*next(self.batches), 1 / (self.plan.accumulation * self.world.size))
+        self.updates.prepare()
         parallel.reduce_gradients(self.parameters, self.owner)
         return parallel.check_gradients(self.parameters, self.owner, loss_sum)
 
@@ -339,11 +347,10 @@ class Run:
         step, plan = self.progress.step, self.plan
         for optimizer in self.optimizers:
             set_hyperparameters(
-                optimizer.param_groups,
-                lr_multiplier=multiplier,
+                optimizer.param_groups, lr_multiplier=multiplier,
                 muon_momentum=schedule.muon_momentum(step, plan.steps, self.config.warmdown_ratio),
                 muon_weight_decay=schedule.muon_weight_decay(step, plan.steps, plan.weight_decay),
-            )
+            )  # fmt: skip
 
     def _count_bad(self, step: int, bad: str | None) -> None:
         progress = self.progress
@@ -363,19 +370,12 @@ class Run:
 
     def _record(self, metrics: Metrics, step: int, loss: float, multiplier: float, seconds: float, norm: float) -> None:
         rate = self.plan.batch_tokens / seconds
-        done = step + 1 - self.start_step
-        if done <= WARMUP_STEPS:
-            self._timed_from = time.perf_counter()
-        elapsed = time.perf_counter() - self._timed_from
-        left = self.plan.steps - step - 1
         metrics.step(
             StepRecord(
                 step=step, loss=loss, lr_multiplier=multiplier, seconds=seconds, tokens=self.plan.batch_tokens,
-                tokens_per_second=rate,
-                mfu=gauges.mfu(rate, self.model, self.world.size),
-                memory_gib=gauges.peak_gib(self.world.device, self.micro_batches.hidden),
-                eta_seconds=None if done <= WARMUP_STEPS else elapsed / (done - WARMUP_STEPS) * left,
-                epoch=self.batches.epoch, grad_norm=norm,
+                tokens_per_second=rate, mfu=gauges.mfu(rate, self.model, self.world.size),
+                memory_gib=gauges.peak_gib(self.world.device, self.micro_batches.hidden), epoch=self.batches.epoch, grad_norm=norm,
+                eta_seconds=self.clock.estimate(step + 1 - self.start_step - WARMUP_STEPS, self.plan.steps - step - 1),
             )
         )  # fmt: skip
 

@@ -58,6 +58,7 @@ class Held:
         if site.kind == "copies" and q is not None and t is not None:
             sizes = [len(p) for p in parameters]
             self._parts = list(zip(q.split(sizes), t.split(sizes, 1), strict=True))
+            self._shapes = [q.shape for q, _ in self._parts]
             self._parameters = [weakref.ref(p) for p in parameters]
             for p in parameters:
                 _HELD[id(p)] = self
@@ -80,7 +81,7 @@ class Held:
         if not self.site.ready or not self._places.keys() <= updated:
             return False
         parameters = [p for reference in self._parameters if (p := reference()) is not None]
-        shaped = [p.shape for p in parameters] == [q.shape for q, _ in self._parts]
+        shaped = [p.shape for p in parameters] == self._shapes
         # Emulation is for a GPU that cannot cast, too.
         return shaped and not (self.site.emulated and parameters[0].is_cuda)
 

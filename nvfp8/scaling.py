@@ -153,7 +153,9 @@ class Site:
     @property
     def first(self) -> float | None:
         """The scale that is known whatever the tensor, None where there is none."""
-        return {"normed": self.largest / math.sqrt(self.width or 1), "logits": OF_LOGITS}.get(self.kind)
+        if self.kind == "normed":
+            return self.largest / math.sqrt(self.width)
+        return OF_LOGITS if self.kind == "logits" else None
 
     @property
     def remembers(self) -> bool:

@@ -213,7 +213,8 @@ class StoredOptimizer(torch.optim.Optimizer):
         given = [(p, local_gradient(p, g)) for p in parameters if (g := self.gradient(p)) is not None]
         if given:
             step = Update(self, given)
-            step.begin()
+            step.upload()
+            step.begin(step.found)
             step.renew()
             step.launch()
             step.finish()

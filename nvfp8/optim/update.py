@@ -3,15 +3,21 @@
 Launches depend on addresses, dtypes and formats, all known beforehand (`StoredOptimizer.fixed`). What changes from step to step,
 rates and keys of rounding, lies in a table of eight numbers a parameter, which kernels read from memory:
 
-    begin      uploads the step's numbers, says which FP8 copies of weights are about to be written
+    find       looks up the FP8 copies of weights that can be written
+    upload     the step's numbers, by the rates and the counts of steps there are
+    begin      says that those copies are about to be written
     renew      launches: scales of those copies
     launch     launches: all updates
     finish     counts the step, and raises version counters, by which layers and graphs of autograd see that weights have changed
 
 An optimizer's own step makes an `Update`, and runs through it once. `Replayed` keeps those of several optimizers: their launches
-are captured in a CUDA graph, and a step is `begin`, one launch of the graph, and `finish`. AdamW is bound by memory, Muon by its
-products, so in the graph they run beside each other: Muon on the stream of the capture, which should have priority, for it is the
-longer, and AdamW in what that leaves.
+are captured in a CUDA graph, and a step is `find`, `upload`, `begin`, one launch of the graph, and `finish`. AdamW is bound by
+memory, Muon by its products, so in the graph they run beside each other: Muon on the stream of the capture, which should have
+priority, for it is the longer, and AdamW in what that leaves.
+
+`find` and `upload`, and the look at whether the graph still fits, are most of what the host does, and the GPU waits for it once the
+gradients have been looked at. So they can be done ahead (`Replayed.prepare`), while it is still busy with them. They change nothing
+that a step which is then not made would leave behind: the next one's numbers are written over this one's.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +41,7 @@ class Update:
 
     Attributes:
         optimizer: whose they are.
-        found: FP8 copies that are written, with their parameters.
+        found: FP8 copies that are written, with their parameters; they are their layers', so none is kept beyond a step.
         on_gpu: whether any parameter is.
     """
 
@@ -58,7 +64,7 @@ class Update:
             for p, group in zip(self._parameters, self._groups, strict=True)
         ]
         self._firsts = [(self._parameters[row], self._groups[row]) for row in map(self._sets.index, range(len(sets)))]
-        self.find()
+        self.found = self.find()
         devices = {p.device for p in self._parameters}
         self.on_gpu = any(device.type == "cuda" for device in devices)
         self._numbers = {device: torch.empty(len(given), NUMBERS, dtype=torch.float32, device=device) for device in devices}
@@ -66,14 +72,13 @@ class Update:
         self.launch: Callable[[], None] = optimizer._prepared(given, written, self._numbers)
         self._rounds: list[copies.Held] = []
 
-    def find(self) -> None:
-        """Look up the FP8 copies to be written. They are their layers', so none is kept beyond a step."""
+    def find(self) -> copies.Found:
+        """Look up the FP8 copies that can be written."""
         optimizer = self.optimizer
-        self.found = copies.writable((p for p in self._parameters if optimizer._writes_copies(p)), optimizer._names)
+        return copies.writable((p for p in self._parameters if optimizer._writes_copies(p)), optimizer._names)
 
-    def begin(self) -> None:
+    def upload(self) -> None:
         """Upload the step's numbers."""
-        self._rounds = copies.begin(self.found)
         numbers = self._of_this_step()
         if self.on_gpu:
             numbers = numbers.pin_memory()  # the host does not wait, and torch keeps the buffer until the copy is done
@@ -82,7 +87,7 @@ class Update:
 
     def _of_this_step(self) -> Tensor:
         """(n, NUMBERS) fp32 on the CPU: bits of an int32 key for each of the optimizer's purposes, then rates."""
-        steps = [int(n) + 1 for n in torch.stack([entries["step"] for entries in self._entries]).tolist()]
+        steps = [int(entries["step"]) + 1 for entries in self._entries]
         purposes, seeds = self.optimizer.purposes, [group["seed"] for group in self._groups]
         numbers = torch.zeros(len(steps), NUMBERS, dtype=torch.float32, device="cpu")
         numbers.view(torch.int32)[:, : len(purposes)] = rounding.keys(seeds, steps, self._hashes, purposes)
@@ -91,6 +96,10 @@ class Update:
         rates = torch.tensor([self.optimizer._rates(*self._firsts[which], n) for which, n in known], device="cpu")
         numbers[:, len(purposes) : len(purposes) + rates.size(1)] = rates[torch.tensor(rows, device="cpu")]
         return numbers
+
+    def begin(self, found: copies.Found) -> None:
+        """Expect the copies that were `found` for this step to be written: those of the launches."""
+        self.found, self._rounds = found, copies.begin(found)
 
     def renew(self) -> None:
         """Launch what gives the copies their scales."""
@@ -131,32 +140,51 @@ class Replayed:
         self._optimizers, self._replay = optimizers, None
         # What is told apart by ids must live as long as this does.
         self._known = [(p.grad, *entries.values()) for update in self._updates for p, entries in update.optimizer.state.items()]
-        self._fixed = self._now()
+        self._fixed = self._now([update.found for update in self._updates])
         self._beside = [torch.cuda.Stream(priority=0) if update.on_gpu else None for update in self._updates[:-1]]  # the lowest
 
     _replay: Callable[[], None] | None
 
-    def _now(self) -> object:
-        """What the launches go by."""
-        return [optimizer.fixed() for optimizer in self._optimizers], [copies.fixed(update.found) for update in self._updates]
+    def _now(self, found: Sequence[copies.Found]) -> object:
+        """What the launches go by, with the copies that were `found` for each update."""
+        return [optimizer.fixed() for optimizer in self._optimizers], [copies.fixed(each) for each in found]
 
     @torch.no_grad()
-    def step(self, capture: Callable[[Callable[[], None]], Callable[[], None]]) -> bool:
-        """Make a step, unless something has changed by which launches go, or copies are half written.
+    def prepare(self) -> list[copies.Found] | None:
+        """Do what of the next step can be done before it is known whether it is made.
+
+        It is called behind the launches that make the gradients, on their stream; rates are set. Until the step none of that may
+        change, nor parameters and state. Scales may (`Scaling.update`): they are read by launches, and copies that get their first
+        one then are left to their layer.
+
+        Returns:
+            The copies found for each update, which `step` takes; None where something has changed by which launches go, or copies
+            are half written.
+        """
+        found = [update.find() for update in self._updates]
+        if self._now(found) != self._fixed or any(held.within for each in found for _, held in each):
+            return None
+        for update in self._updates:
+            update.upload()
+        return found
+
+    @torch.no_grad()
+    def step(self, capture: Callable[[Callable[[], None]], Callable[[], None]], prepared: list[copies.Found] | None = None) -> bool:
+        """Make a step, unless `prepare` refuses it.
 
         Args:
             capture: captures what the function that it is given launches, without running it, and returns what replays it. It is
                 asked the first time.
+            prepared: what `prepare` returned for this very step. Without, it is asked now.
 
         Returns:
             Whether it was made.
         """
-        for update in self._updates:
-            update.find()
-        if self._now() != self._fixed or any(held.within for update in self._updates for _, held in update.found):
+        found = self.prepare() if prepared is None else prepared
+        if found is None:
             return False
-        for update in self._updates:
-            update.begin()
+        for update, its in zip(self._updates, found, strict=True):
+            update.begin(its)
         if self._replay is None:
             self._replay = capture(self._launch)
         self._replay()

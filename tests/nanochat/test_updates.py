@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership, set_hyperparameters
 from nanochat.process import make_deterministic, restored
 from nanochat.state_formats import StateFormats
-from nanochat.train import train
+from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nanochat.updates import Updates
+from nvfp8 import copies
 from nvfp8.optim.update import Replayed
 from nvfp8.precision import Precision, bf16, fp8
 from nvfp8.recipe import RECIPES
@@ -56,15 +58,21 @@ class Steps:
                 muon_weight_decay=0.1 / (1 + self.done),
             )  # fmt: skip
 
-    def step(self, count: int = 2) -> list[float]:
+    def step(self, count: int = 2, prepare: bool = False, refuse: bool = False) -> list[float]:
+        """A step, which `prepare` prepares while its outcome is open, and `refuse` does not apply."""
         self.set_rates()
         losses = []
         self.micro_batches.begin()
         for i in range(count):
             tokens = self.tokens[(self.done * count + i) % len(self.tokens)]
             losses.append(self.micro_batches.run(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1 / count).clone())
-        assert self.model.scaling.update() == []
-        self.updates.step()
+        if prepare:
+            self.updates.prepare()
+        if refuse:
+            self.model.scaling.forget()
+        else:
+            assert self.model.scaling.update() == []
+            self.updates.step()
         self.model.zero_grad(set_to_none=True)
         self.done += 1
         return torch.stack(losses).tolist()
@@ -89,13 +97,6 @@ class Pretended(MicroBatches):
 
     captures = 0
 
-    def begin(self) -> None:
-        fixed = self.model.scaling.fixed()
-        self.replaying = fixed is not None and fixed == self._fixed
-        self._fixed = fixed
-        if not self.replaying:
-            self._drop()
-
     def run(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         loss: Tensor = self.model(inputs, targets, scale)
         loss.backward()
@@ -116,6 +117,7 @@ class Pretended(MicroBatches):
 def pretending(precision: Precision, formats: StateFormats) -> tuple[Steps, Pretended]:
     it = Steps(precision, "cpu", formats, None)
     pretended = Pretended(it.model, None)
+    pretended.capturing = True
     it.micro_batches, it.updates = pretended, Updates(it.optimizers, pretended)
     return it, pretended
 
@@ -133,17 +135,87 @@ def test_replayed_steps_update_all_that_single_ones_do(formats: StateFormats) ->
     behind = []
     for step in range(7):
         if step == 5:
-            for it in (one, other):
-                it.micro_batches.begin()
-                it.micro_batches.run(it.tokens[0][:, :-1].contiguous(), it.tokens[0][:, 1:].contiguous(), 1.0)
-                it.model.scaling.forget()
-                it.model.zero_grad(set_to_none=True)
+            assert one.step(1, refuse=True) == other.step(1, refuse=True)
         assert one.step(1) == other.step(1)
         behind.append(pretended.behind)
     assert_equal(one, other)
     assert behind[:3] == [None] * 3 and isinstance(behind[3], Replayed) and behind[3:] == [behind[3]] * 4
     assert pretended.captures == 1
     assert all(int(state["step"]) == 7 for optimizer in other.optimizers for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: f.momentum)
+def test_prepared_steps_are_steps(formats: StateFormats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is prepared once, whoever does it; one that is then not applied leaves nothing to the next, prepared or not."""
+    calls: list[str] = []
+
+    def noted(on: type, name: str) -> None:
+        real = getattr(on, name)
+        monkeypatch.setattr(on, name, lambda self: [calls.append(name), real(self)][1])
+
+    noted(Replayed, "prepare"), noted(Updates, "step")
+    one, (other, pretended) = Steps(EMULATED, "cpu", formats, "to compare with"), pretending(EMULATED, formats)
+    for _ in range(4):
+        assert one.step(1) == other.step(1, prepare=True)
+    assert calls == ["step"] * 8 + ["prepare"] and pretended.captures == 1  # until then there is nothing to prepare
+    kept = pretended.behind
+    for ahead, refused in [(True, False), (False, False), (True, True), (False, False), (True, True), (True, True), (True, False)]:
+        before = [(p, p._version, p.clone()) for p in other.model.parameters()]
+        expected = one.step(1, refuse=refused)
+        calls.clear()
+        assert other.step(1, prepare=ahead, refuse=refused) == expected
+        assert calls == [*["prepare"] * ahead, *["step"] * (not refused), *["prepare"] * (not ahead)]
+        if refused:
+            assert all(p._version == version and torch.equal(p, value) for p, version, value in before)
+            assert other.model.scaling.fixed() == pretended._fixed, "copies of weights count as before"
+        assert_equal(one, other)
+    assert pretended.behind is kept and pretended.captures == 1
+    assert {int(state["step"]) for optimizer in other.optimizers for state in optimizer.state.values()} == {4 + 4}
+
+
+def test_steps_are_prepared_with_the_counts_that_were_set() -> None:
+    one, (other, pretended) = Steps(EMULATED, "cpu", FORMATS[1], "to compare with"), pretending(EMULATED, FORMATS[1])
+    for _ in range(5):
+        assert one.step(1) == other.step(1, prepare=True)
+    for it in (one, other):
+        for optimizer in it.optimizers:
+            optimizer.steps = 77
+    for _ in range(2):
+        assert one.step(1) == other.step(1, prepare=True)
+    assert_equal(one, other)
+    assert isinstance(pretended.behind, Replayed) and other.optimizers[1].steps == 79
+
+
+def test_what_was_moved_before_is_prepared_in_vain() -> None:
+    one, (other, pretended) = Steps(EMULATED, "cpu", FORMATS[0], "to compare with"), pretending(EMULATED, FORMATS[0])
+    for _ in range(5):
+        assert one.step(1) == other.step(1, prepare=True)
+    for it in (one, other):
+        muon = it.optimizers[1]
+        state = muon.state[muon.param_groups[0]["params"][0]]
+        state["momentum"] = state["momentum"] + 1
+    assert one.step(1) == other.step(1, prepare=True)
+    assert pretended.behind is None and pretended.captures == 1
+    for _ in range(2):
+        assert one.step(1) == other.step(1, prepare=True)
+    assert isinstance(pretended.behind, Replayed) and pretended.captures == 2
+    assert_equal(one, other)
+
+
+def test_what_is_prepared_keeps_no_copies_beyond_its_step() -> None:
+    """They are their layers', who cast them anew when a weight has been changed by somebody, and free the others before."""
+    other, pretended = pretending(EMULATED, FORMATS[0])
+    for _ in range(5):
+        other.step(1)
+    weight = other.model.blocks[1].attn.c_proj.weight
+    held = weakref.ref(copies._HELD[id(weight)])
+    other.step(1, prepare=True, refuse=True)
+    assert isinstance(pretended.behind, Replayed) and pretended.prepared is not None
+    with torch.no_grad():
+        weight.mul_(2)
+    pretended.begin()
+    pretended.run(other.tokens[0][:, :-1].contiguous(), other.tokens[0][:, 1:].contiguous(), 1.0)
+    assert held() is None
 
 
 def test_what_somebody_moves_is_launched_singly_and_captured_anew() -> None:
@@ -215,17 +287,33 @@ def test_graphs_update_what_single_launches_do(formats: StateFormats, kind: str,
         precision = bf16() if kind == "bf16" else on_gpu()
         one = Steps(precision, "cuda", formats, "to compare with", shape)
         other = Steps(precision, "cuda", formats, None, shape)
-        for _ in range(9):
-            assert one.step() == other.step()
+        for step in range(9):  # some prepared, some of those not applied
+            prepare, refuse = step in (1, 4, 5, 7, 8), step in (5, 7)
+            assert one.step(prepare=prepare, refuse=refuse) == other.step(prepare=prepare, refuse=refuse)
         assert isinstance(other.micro_batches.behind, Replayed) and one.micro_batches.behind is None
         assert_equal(one, other)
         with torch.no_grad():
             for it in (one, other):  # seen, and so are its copies
                 it.model.blocks[1].mlp.c_fc.weight.mul_(1.5)
         for _ in range(5):
-            assert one.step() == other.step()
+            assert one.step() == other.step(prepare=True)
         assert isinstance(other.micro_batches.behind, Replayed)
         assert_equal(one, other)
+
+
+@pytest.mark.gpu
+def test_preparing_does_not_wait_for_the_gpu() -> None:
+    it = Steps(on_gpu(), "cuda", FORMATS[0], None, WIDE)
+    for _ in range(6):
+        it.step(prepare=True)
+    it.set_rates()
+    it.micro_batches.begin()
+    it.micro_batches.run(it.tokens[0][:, :-1].contiguous(), it.tokens[0][:, 1:].contiguous(), 0.5)
+    torch.cuda._sleep(10**9)  # cycles, half a second
+    done = torch.cuda.Event()
+    done.record()
+    it.updates.prepare()
+    assert it.micro_batches.prepared is not None and not done.query()
 
 
 @pytest.mark.gpu
@@ -263,6 +351,32 @@ def config(torch_texts: str) -> TrainConfig:
         num_iterations=10, warmup_steps=2, eval_every=-1, sample_every=-1, core_metric_every=-1,
         deterministic=True,
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_a_step_is_prepared_before_and_recorded_while_the_gpu_updates(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update, here half a second long, counts to the next step."""
+    update, record = Updates.step, Run._record
+    ends, ahead, over = list[torch.cuda.Event](), list[bool](), list[bool]()
+
+    def slowed(self: Updates) -> None:
+        ahead.append(self._micro_batches.prepared is not None)
+        update(self)
+        torch.cuda._sleep(10**9)  # cycles
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+
+    def noted(self: Run, *given: Any) -> None:
+        over.append(ends[-1].query())
+        record(self, *given)
+
+    monkeypatch.setattr(Updates, "step", slowed)
+    monkeypatch.setattr(Run, "_record", noted)
+    train(replace(config, precision="bf16", model_tag="slowed"))
+    assert ahead == [False] * 2 + [True] * 8  # the second is captured
+    assert over == [False] * 10
+    steps = [each for each in metrics.read(base_dir() / "base_checkpoints" / "slowed") if each["kind"] == "step"]
+    assert min(each["seconds"] for each in steps[1:]) > 0.3
 
 
 def losses_of(directory: Path) -> dict[int, float]:
