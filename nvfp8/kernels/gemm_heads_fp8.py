@@ -35,6 +35,7 @@ def _gemm_heads(
 ):  # fmt: skip
     DOWN: tl.constexpr = BM // 2 if BN == E else 0  # from one part of a tile to the other: tokens, or one head
     ROWS: tl.constexpr = BM - DOWN
+    tl.assume(D > 0)  # see `gemm_fp8.py`
     tile_rows = tl.cdiv(M, BM)
     tile_columns = tl.cdiv((H + 2 * G) * E, BN)
     factor = tl.load(X_INVERSE) * tl.load(W_INVERSE)
