@@ -59,7 +59,7 @@ def _gemm_relu_squared(
             tl.store(ALONG + (n // BN).to(tl.int64) * M + row, (along_left + along) * per_root, row < M)
     if AMAX is not None:
         if not BACKWARD:
-            largest = (largest.to(tl.float32, bitcast=True) / scale).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            largest = tl.cast(tl.cast(largest, tl.float32, bitcast=True) / scale, tl.int32, bitcast=True) & 0x7FFFFFFF
         raise_amax(AMAX, largest)
 
 
