@@ -7,8 +7,8 @@
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Before it
-`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` is
-by the clock, from where the step's outcome is known; what is prepared before (`Updates.prepare`) is in the time of the step alone.
+`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` lies
+between the end of backward and the end of the update on the GPU, the host's look at the outcome included.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
@@ -90,6 +90,7 @@ def main() -> None:
     early = UpdateEarly(own) if args.update_early else None
     micro_batches = MicroBatches(model, "--no-cuda-graphs" if args.no_cuda_graphs else refusal(model, 1, args.update_early))
     updates = Updates(optimizers, micro_batches)
+    backward_done, updated = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def step() -> None:
         if early is not None:
@@ -104,14 +105,14 @@ def main() -> None:
         for _ in range(args.accumulation):
             loss = micro_batches.run(inputs, targets, 1 / args.accumulation)
         updates.prepare()
-        torch.cuda.synchronize()
+        backward_done.record()
         model.scaling.update()
-        start = time.perf_counter()
         updates.step()
-        torch.cuda.synchronize()
-        optimizer_ms.append(1e3 * (time.perf_counter() - start))
+        updated.record()
         model.zero_grad(set_to_none=True)
         losses.append(loss * args.accumulation)
+        updated.synchronize()
+        optimizer_ms.append(backward_done.elapsed_time(updated))
 
     start = time.perf_counter()
     for _ in range(2):
