@@ -7,7 +7,7 @@
 
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Before it
-`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` lies
+`TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` is
 between the end of backward and the end of the update on the GPU, the host's look at the outcome included.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
