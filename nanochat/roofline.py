@@ -3,21 +3,22 @@
     micro-batch = Σ FLOPs / (peak · efficiency) + bytes / (bandwidth · efficiency);   step = micro-batches + optimizer
 
 Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
-layers; the efficiencies of an H100 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
-the same part of its own peaks. That is the weakest assumption here: `spark` reaches 73 to 80 % of its peaks in single kernels
-where an H100 reaches 67 to 75 % in whole runs.
+layers; the efficiencies of an H200 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
+the same part of its own peaks. That is the weakest assumption here. An H100, whose runs had no part in them, is predicted within
+4 %; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in whole runs.
 
-Measured, of a te run of d24 with 16 x 2048 tokens (8d89563), per micro-batch:
+Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a second; over
+seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
 
-| family | counted | ms | of the peak |
+| family | counted | ms | of the peak, with that factor |
 | --- | --- | --- | --- |
-| GEMMs in FP8 | 143.5 TFLOP | 107.8 | 67 % |
-| attention | 23.0 TFLOP, with 559 keys more a query than it sees | 44.9 | 52 % of bf16 |
-| all else | 200 GB | 84.2 | 71 % of the bandwidth |
+| GEMMs in FP8, three of them with what follows in their epilogues | 143.5 TFLOP | 117.2 | 60.2 % |
+| attention | 23.0 TFLOP, with 559 keys more a query than it sees | 45.1 | 50.2 % of bf16 |
+| all else | 116 GB | 31.2 | 75 % of the bandwidth |
 
-GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 73.5 %. Polar Express by full products:
-67 % (26.1 TFLOP of d24 in 39 ms, H200), as the runs in MEASURED went; where half of symmetric products is computed, 54 %, in the
-Gram form 52 % (d24's squares in 13.0 ms, its 1:4 matrices in 15.8, `benchmarks/muon.py` on an H100).
+GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products: 63 %; where
+half of symmetric products is computed, 60 %, in the Gram form 57 % (d24's squares in 11.7 ms, its 1:4 matrices in 14.6,
+`benchmarks/muon.py`).
 
 The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
@@ -33,14 +34,14 @@ from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
-EFFICIENCY = {"FP8 GEMMs": 0.672, "bf16 GEMMs": 0.735, "attention": 0.516, "bytes": 0.71}
-POLAR = {"full": 0.676, "half": 0.542, "gram": 0.522, "small": 0.676}  # of Muon's products, by the way it goes
+EFFICIENCY = {"FP8 GEMMs": 0.602, "bf16 GEMMs": 0.69, "attention": 0.502, "bytes": 0.75}
+POLAR = {"full": 0.63, "half": 0.60, "gram": 0.567, "small": 0.63}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
 #   te: mix 8, norms 4 and 4, heads 13, casts of o 4, the addition 6, relu² 12; backward casts of gradients 4, 4 and 12, transposes
 #   8, relu² 24, norms 6 and 6, additions 6, heads 19, mix 14.
-#   own, FP8, counted and not measured: mix, norm and cast 9, o 3, norm and cast 7, aᵀ 4, the value embedding 1 (heads of 64 or 128
+#   own, FP8: mix, norm and cast 9, o 3, norm and cast 7, aᵀ 4, the value embedding 1 (heads of 64 or 128
 #   are in a GEMM's epilogue); backward relu² 8, norm 11, o 3, heads 20, mix 17.
 # More than that: current scaling reads gradients twice for their amax and quantizes after norms and relu², not in them; block
 # scales need passes of their own for relu² and its gradient.
@@ -50,7 +51,9 @@ _OWN, _TE, _OWN_FP8, _AGAIN = 118, 154, 83, 7
 _MORE = {"current": 52, "block1x128": 36}
 # A GEMM with block scales takes 1.25 times as long: what d12's blockwise row leaves when its bytes are taken off.
 _SLOWER = {"block1x128": 1.25}
-_ENDS = 60  # embedding, its norm, smear and backout: the same, once
+# The same, once: table's rows 4, their norm 4, smear 4, the middle stream settled 6, backout 8, the last norm 4; back 6, 10, 6 for the
+# middle stream's gradients, smear 8, the norm 6, the table 2.
+_ENDS = 68
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,13 @@ MEASURED = (
     Measured(_H100, 24, 16, "L", "te delayed, head in chunks", 126_480, 47.47, "8d89563"),
     Measured(_H100, 12, 32, "L", "te current", 560_993, 27.52, "48cd68f"),
     Measured(_H100, 12, 32, "L", "te blockwise", 537_881, 30.11, "48cd68f"),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 782_558, 13.74, "8901ae0", graphs=True),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 163_741, 34.92, "8901ae0", graphs=True),
+    Measured(_H200, 12, 32, "L", "bf16", 574_218, 15.14, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "bf16", 106_873, 37.08, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "SSSL", "bf16", 110_934, 37.08, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "te delayed", 681_881, 27.39, "c15de00"),
+    Measured(_H200, 24, 16, "L", "te delayed", 141_026, 50.98, "c15de00"),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 775_666, 13.43, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 160_907, 34.40, "c15de00", graphs=True, captured_updates=True),
 )
 # By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
 PUBLISHED_SPARK = 13_125

@@ -43,11 +43,8 @@ def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> Non
     assert device is not None
     rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, MICRO_BATCHES)
     assert rate == pytest.approx(run.tokens_per_second, rel=0.15)
-    # What the planner's notes say. On an H200 own FP8 is put 4 % (d24) and 11 % (d12) too fast: efficiencies are an H100's.
-    if "H100" in run.device:
-        assert rate == pytest.approx(run.tokens_per_second, rel=0.04)
-    else:
-        assert 1.04 < rate / run.tokens_per_second < 1.115
+    # What the planner's notes say.
+    assert rate == pytest.approx(run.tokens_per_second, rel=0.04 if "H100" in run.device else 0.07)
 
 
 @pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}")
@@ -59,15 +56,15 @@ def test_peaks_are_within_5_percent_of_measurements(run: Measured) -> None:
 
 
 def test_efficiencies_are_those_of_the_profile() -> None:
-    """d24, te delayed, 16 x 2048 tokens, docs/results.md: milliseconds of GEMMs, attention and all else."""
-    device, what = peaks("NVIDIA H100 80GB HBM3"), counted(24, "L", "te delayed", 16)
+    """d24, own FP8, 16 x 2048 tokens, docs/results.md: milliseconds of GEMMs, attention and all else; and what a run takes longer."""
+    device, what, longer = peaks("NVIDIA H200"), counted(24, "L", "fp8 delayed", 16), 198.7 / 193.5
     assert device is not None and device.fp8 is not None
     done = work(what, 16)
-    assert done.fp8 / 107.8e-3 / device.fp8 == pytest.approx(EFFICIENCY["FP8 GEMMs"], rel=0.01)
-    assert done.attention / 44.9e-3 / device.bf16 == pytest.approx(EFFICIENCY["attention"], rel=0.01)
-    assert done.moved / (33.0 + 24.6 + 18.5 + 7.1 + 1.0) * 1e3 / device.bandwidth == pytest.approx(EFFICIENCY["bytes"], rel=0.02)
+    assert done.fp8 / 117.2e-3 / longer / device.fp8 == pytest.approx(EFFICIENCY["FP8 GEMMs"], rel=0.01)
+    assert done.attention / 45.1e-3 / longer / device.bf16 == pytest.approx(EFFICIENCY["attention"], rel=0.01)
+    assert done.moved / (28.8 + 1.5 + 0.9) * 1e3 / longer / device.bandwidth == pytest.approx(EFFICIENCY["bytes"], rel=0.02)
     micro, _ = seconds(done, device, what.setup.precision)
-    assert sum(micro.values()) == pytest.approx(241.8e-3, rel=0.03)
+    assert sum(micro.values()) == pytest.approx(198.7e-3, rel=0.01)
 
 
 def test_polar_express_is_counted_as_muon_goes() -> None:
@@ -77,10 +74,10 @@ def test_polar_express_is_counted_as_muon_goes() -> None:
     polar = work(counted(24, "L", "bf16", 1), 1).polar
     assert polar == {"half": 96 * 20 * 1536**3, "gram": 48 * 47 * 1536**3}
     assert sum(polar.values()) == pytest.approx(15.1e12, rel=0.01)
-    device = peaks("NVIDIA H100 80GB HBM3")
+    device = peaks("NVIDIA H200")
     assert device is not None
     took = seconds(work(counted(24, "L", "bf16", 1), 1), device, bf16())[1]["Muon's products"]
-    assert took == pytest.approx(12.98e-3 + 2 * 7.92e-3, rel=0.01)  # an H100, f0ddd43
+    assert took == pytest.approx(11.74e-3 + 2 * 7.28e-3, rel=0.01)  # c15de00
 
 
 @pytest.mark.parametrize(
