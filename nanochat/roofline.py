@@ -7,8 +7,8 @@ layers; the efficiencies of an H200 (docs/results.md), taken as a property of th
 the same part of its own peaks. That is the weakest assumption here. An H100, whose runs had no part in them, is predicted within
 4 %; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in whole runs.
 
-Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a second; over
-seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
+Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a
+second; over seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
 
 | family | counted | ms | of the peak, with that factor |
 | --- | --- | --- | --- |
@@ -16,9 +16,9 @@ seconds the power limit lowers the clock, and all takes 1.027 times as long (198
 | attention | 23.0 TFLOP, with 559 keys more a query than it sees | 45.1 | 50.2 % of bf16 |
 | all else | 116 GB | 31.2 | 75 % of the bandwidth |
 
-GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products: 63 %; where
-half of symmetric products is computed, 60 %, in the Gram form 57 % (d24's squares in 11.7 ms, its 1:4 matrices in 14.6,
-`benchmarks/muon.py`).
+GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products:
+63 %; where half of symmetric products is computed, 60 %, in the Gram form 57 % (d24's squares in 11.7 ms, its 1:4 matrices in
+14.6, `benchmarks/muon.py`).
 
 The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
