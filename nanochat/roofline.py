@@ -51,8 +51,8 @@ _OWN, _TE, _OWN_FP8, _AGAIN = 118, 154, 83, 7
 _MORE = {"current": 52, "block1x128": 36}
 # A GEMM with block scales takes 1.25 times as long: what d12's blockwise row leaves when its bytes are taken off.
 _SLOWER = {"block1x128": 1.25}
-# The same, once: table's rows 4, their norm 4, smear 4, the middle stream settled 6, backout 8, the last norm 4; back 6, 10, 6 for the
-# middle stream's gradients, smear 8, the norm 6, the table 2.
+# The same, once: table's rows 4, their norm 4, smear 4, the middle stream settled 6, backout 8, the last norm 4; back 6, 10, 6 for
+# the middle stream's gradients, smear 8, the norm 6, the table 2.
 _ENDS = 68
 
 

@@ -56,7 +56,7 @@ def test_peaks_are_within_5_percent_of_measurements(run: Measured) -> None:
 
 
 def test_efficiencies_are_those_of_the_profile() -> None:
-    """d24, own FP8, 16 x 2048 tokens, docs/results.md: milliseconds of GEMMs, attention and all else; and what a run takes longer."""
+    """d24, own FP8, 16 x 2048 tokens, docs/results.md: ms of GEMMs, attention and all else; and what a run takes longer."""
     device, what, longer = peaks("NVIDIA H200"), counted(24, "L", "fp8 delayed", 16), 198.7 / 193.5
     assert device is not None and device.fp8 is not None
     done = work(what, 16)
