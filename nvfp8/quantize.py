@@ -159,7 +159,7 @@ def hand(gradient: Tensor, site: Site, q: Tensor, t: Tensor, along: Tensor | Non
     return gradient
 
 
-def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor, along: Tensor) -> Tensor:
+def hand_only(shape: torch.Size, dtype: torch.dtype, site: Site, q: Tensor, t: Tensor, along: Tensor | None = None) -> Tensor:
     """A gradient that exists in FP8 only: autograd gets what stands in for it."""
     return hand(stand_in(shape, dtype, q.device), site, q, t, along)
 

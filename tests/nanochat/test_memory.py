@@ -201,7 +201,7 @@ def test_own_layers_keep_what_autograd_says_they_keep(precision: Precision) -> N
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), precision.autocast(1e-3):
         x = model._stream(ids, None)
     parts = [part for module in model.modules() for part in getattr(module, "projections", ())]
-    copies = [copy for part in parts if isinstance(part, Projection) for copy in part.weight()]
+    copies = [copy for part in parts if isinstance(part, Projection) for copy in part.weight() if copy is not None]
     fine = [part for module in model.modules() if isinstance(part := getattr(module, "projection", None), FineProjection)]
     copies += [tensor for part in fine for copy in part.copies() if copy is not None for tensor in copy]
     for copy in copies:
