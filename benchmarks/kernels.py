@@ -4,10 +4,10 @@
     python -m benchmarks.kernels --tokens 65536 --width 768 --only quantize
 
 A kernel that only moves bytes can be no faster than a copy of as many. `must` counts each tensor that is read or written once, as
-large as it is (of a lookup table the rows that are looked up); `moves` counts what the kernel asks for, more where one kernel tells
-another what it knows (sums along rows). `of copy` is the rate of `must`, divided by that of a device-to-device copy measured in the
-same process. Milliseconds are medians of the GPU alone, with nothing of the tensors in its caches beforehand and amax at 0, so
-that raising it is in them.
+large as it is (of a lookup table the rows that are looked up); `moves` adds what one kernel tells another (sums along rows), once,
+though every tile of channels reads it from the L2. `of copy` is the rate of `must`, divided by that of a device-to-device copy
+measured in the same process. Milliseconds are medians of the GPU alone, with nothing of the tensors in its caches beforehand and
+amax at 0, so that raising it is in them.
 
 GEMMs have TFLOP/s instead, beside cuBLAS with a bf16 result (`torch._scaled_mm`), and beside cuBLAS followed by the pass over its
 result that the fused kernel replaces. Two ways to do one thing are two lines.

@@ -8,7 +8,7 @@
 The counterpart for karpathy/nanochat is peers.py of the project's shared bench folder: same shapes, same protocol. `warm_s` is the
 first two steps and the compilation ahead of them, which is `ahead_s`; imports and model initialization not. Before it
 `TRITON_CACHE_DIR=$(mktemp -d)` is to make Triton's cache cold. Medians. `peak_GiB` counts what CUDA graphs hold. `optimizer_ms` is
-between the end of backward and the end of the update on the GPU, the host's look at the outcome included.
+between the end of backward and the end of the update on the GPU, with what the host does in between, but for a look at gradients.
 
 `losses`, one a step, show that a step learns, not how well a format does: rates are full from the first step on, so scalars with a
 rate of 0.5 overshoot, and single steps reach 2 to 18 in any format (docs/log.md). Compare curves, not ends.
@@ -106,6 +106,7 @@ def main() -> None:
             loss = micro_batches.run(inputs, targets, 1 / args.accumulation)
         updates.prepare()
         backward_done.record()
+        backward_done.synchronize()  # training looks at gradients here
         model.scaling.update()
         updates.step()
         updated.record()

@@ -1,7 +1,8 @@
 """Time spent training, a step at a time, though the host does not wait for the end of one.
 
 A step ends for the host where its gradients have been looked at. Its update is still to come, and runs while the host records the
-step and begins the next: it counts to that one.
+step and begins the next: it counts to that one. Behind a stop no update is left to count, so such a step is shorter by one, and
+that before the stop never counts it.
 """
 
 import time

@@ -4,8 +4,9 @@
 
 Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
 layers; the efficiencies of an H200 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
-the same part of its own peaks. That is the weakest assumption here. An H100, whose runs had no part in them, is predicted within
-4 %; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in whole runs.
+the same part of its own peaks. That is the weakest assumption here. An H100 is predicted within 4 %, of whose ten runs two had a
+part in what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to
+75 % in whole runs.
 
 Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a
 second; over seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
@@ -14,7 +15,7 @@ second; over seconds the power limit lowers the clock, and all takes 1.027 times
 | --- | --- | --- | --- |
 | GEMMs in FP8, three of them with what follows in their epilogues | 143.5 TFLOP | 117.2 | 60.2 % |
 | attention | 23.0 TFLOP, with 559 keys more a query than it sees | 45.1 | 50.2 % of bf16 |
-| all else | 116 GB | 31.2 | 75 % of the bandwidth |
+| all else, as counted since (v is read, norms read their rows once) | 116 GB | 31.2 | 75 % of the bandwidth |
 
 GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products:
 63 %; where half of symmetric products is computed, 60 %, in the Gram form 57 % (d24's squares in 11.7 ms, its 1:4 matrices in

@@ -1,8 +1,8 @@
 """Pretraining, from flags to a finished run: build everything once, then one straight loop.
 
 Each step: micro-batches accumulate gradients, ranks sum them, the optimizers update what their rank owns. Loss, gradient norm
-and whether all was finite come back to the host in between, the only moment the GPU and Python wait for each other. A step
-with a non-finite loss or gradient is not applied.
+and whether all was finite come back to the host in between, where the GPU and Python wait for each other; in FP8 the amaxes come
+next. A step with a non-finite loss or gradient is not applied.
 
 A step begins with what is due before it (validation, sample, checkpoint), so the checkpoint of step n is the state after n
 updates, and a run resumed from it goes on as if it had never stopped.

@@ -3,7 +3,7 @@
 AdamW and Muon launch some 300 kernels a step at d24, and on a machine with a slow host took 38 to 44 ms for 33 to 35 ms of work.
 Rates and keys of rounding are numbers that kernels read from memory (`nvfp8/optim/update.py`), so a step is an upload for each
 optimizer, and the replay. All but the replay can be done while the GPU still works on the micro-batches (`Updates.prepare`). Behind
-them the host waits to see whether the step is to be made; what it did only then, 2 to 3 ms at d24, the GPU would wait for in turn.
+them the host waits to see whether the step is to be made; what it did only then, 3 to 4 ms at d24, the GPU would wait for in turn.
 
 It is captured in the first step whose micro-batches are replayed: then gradients lie where they always will, and every kernel has
 been launched before, which is what loads it. The micro-batches' graphs being dropped, it is dropped with them; and where anything

@@ -49,7 +49,7 @@ class _ProjectHeads(torch.autograd.Function):
                 product.x, product.w, product.x_inverse, product.w_inverse, cos, sin, heads, gate, table, ids,
                 qkv.shape[:2], qkv.dtype, product.fast,
             )  # fmt: skip
-        # Attention keeps q, k and v anyway. The table too: autograd sees if it changes.
+        # What attention keeps anyway, but where it pads or cuts k and v for a window. The table too: autograd sees if it changes.
         ctx.save_for_backward(q, k, v if site is not None else None, rstd, cos, sin, gate, table, ids)
         ctx.table, ctx.order, ctx.site, ctx.shape = table, order, site, qkv.shape
         return q, k, v
@@ -76,7 +76,7 @@ def project_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], gate: Tensor | None, table: Tensor | None, ids: Tensor | None,
     order: TokenOrder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rotary, QK norm (× 1.2) and value embedding; keeps q, k (which attention keeps anyway) and 1/rms for backward.
+    """Rotary, QK norm (× 1.2) and value embedding; keeps q, k, in FP8 also v, and 1/rms for backward.
 
     Args:
         qkv: (B, T, (H + 2K)·E) projections; where their layer has left the GEMM to us, it is done here, once, in one kernel

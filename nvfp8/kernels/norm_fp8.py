@@ -12,7 +12,8 @@ and who wrote dy had both in registers (`Quantized.along`): relu²'s gradient, 2
 tile of 64 tokens × 128 channels and reads it once. What FP8 rounds of y, dy and x̂ moves the sum by 1/√N of FP8's own noise. Where
 nobody knows y, as after a GEMM that was measured first, `_row_products` reads the rows a first time.
 Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize`
-2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons.
+2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons; two programs of 256
+threads share a multiprocessor at 128 registers, and what each reads is asked for at once.
 """
 
 import torch
@@ -73,37 +74,65 @@ def _eighth(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _gradient_quarter(
-    which: tl.constexpr, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, rstd, mean, lambda0, lambda1,
-    normed_scale, scale, first_token, first_channel, M, D, WIDTH, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+def _read_quarter(
+    which: tl.constexpr, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """What a quarter reads, as it is stored; what there is none of stands for nothing."""
     at, mask = every_fourth(which, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    gradient = tl.load(D_NORMED + at, mask, 0.0).to(tl.float32)
+    gradient = tl.load(D_NORMED + at, mask, 0.0)
+    x = tl.load(X + at, mask, 0.0)
+    d_stream = tl.load(D_STREAM + at, mask, 0.0)
+    x0 = x
+    d_x0 = x
+    if X0 is not None:
+        x0 = tl.load(X0 + at, mask, 0.0)
+        if D_X0_IN is not None:
+            d_x0 = tl.load(D_X0_IN + at, mask, 0.0)
+    return gradient, x, d_stream, x0, d_x0
+
+
+@triton.jit
+def _gradient_quarter(
+    which: tl.constexpr, gradient, x, d_stream, x0, d_x0, D_HEAD, rstd, mean, lambda0, lambda1, normed_scale, scale,
+    first_token, first_channel, M, WIDTH, MIX: tl.constexpr, ADD: tl.constexpr, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    stored: tl.constexpr = x.dtype
+    gradient = gradient.to(tl.float32)
     if D_HEAD is not None:
         token = first_token + tl.arange(0, TOKENS // 4)[:, None] * 4 + which
         channel = first_channel + tl.arange(0, CHANNELS)[None, :]
         gradient += tl.load(D_HEAD + token * WIDTH + channel, (token < M) & (channel < WIDTH), 0.0).to(tl.float32)
-    x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    x = x.to(tl.float32)
     normed = x * rstd
-    ds = tl.load(D_STREAM + at, mask, 0.0).to(tl.float32) + rstd * (gradient - normed * mean)
+    ds = d_stream.to(tl.float32) + rstd * (gradient - normed * mean)
     dx = ds
+    dx0 = ds
     along_stream = 0.0
     along_x0 = 0.0
-    if X0 is not None:
-        x0 = tl.load(X0 + at, mask, 0.0).to(tl.float32)
+    if MIX:
         along_stream = tl.sum(_eighth(ds * x, TOKENS // 4, CHANNELS), 2)
-        along_x0 = tl.sum(_eighth(ds * x0, TOKENS // 4, CHANNELS), 2)
+        along_x0 = tl.sum(_eighth(ds * x0.to(tl.float32), TOKENS // 4, CHANNELS), 2)
         dx0 = ds * lambda1
-        if D_X0_IN is not None:
-            dx0 += tl.load(D_X0_IN + at, mask, 0.0).to(tl.float32)
-        tl.store(D_X0 + at, dx0.to(D_X0.dtype.element_ty), mask)
+        if ADD:
+            dx0 += d_x0.to(tl.float32)
         dx = ds * lambda0
-    tl.store(DX + at, dx.to(DX.dtype.element_ty), mask)
-    codes = to_fp8(dx * scale, DTYPE)
-    tl.store(DX_Q + at, codes, mask)
     largest = tl.max(_eighth(dx.to(tl.int32, bitcast=True) & 0x7FFFFFFF, TOKENS // 4, CHANNELS), 2)
-    return codes, to_fp8(normed * normed_scale, NORMED_DTYPE), largest, along_stream, along_x0
+    codes, normed_codes = to_fp8(dx * scale, DTYPE), to_fp8(normed * normed_scale, NORMED_DTYPE)
+    return dx.to(stored), dx0.to(stored), codes, normed_codes, largest, along_stream, along_x0
+
+
+@triton.jit
+def _write_quarter(
+    which: tl.constexpr, dx, dx0, codes, DX, D_X0, DX_Q, first_token, first_channel, M, D,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    at, mask = every_fourth(which, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    tl.store(DX + at, dx, mask)
+    if D_X0 is not None:
+        tl.store(D_X0 + at, dx0, mask)
+    tl.store(DX_Q + at, codes, mask)
 
 
 @triton.jit
@@ -112,8 +141,15 @@ def _norm_backward_quantize(
     DX, D_X0, D_LAMBDAS, NORMED_T, DX_Q, DX_T, AMAX, M, D, WIDTH, PARTS, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    first_channel = tl.program_id(0) * CHANNELS
+    MIX: tl.constexpr = X0 is not None
+    ADD: tl.constexpr = D_X0_IN is not None
+    first_channel = tl.program_id(0).to(tl.int64) * CHANNELS
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
+    # All is read before anything is written: the compiler must take a store for one to any address, and moves no load across.
+    g0, x0, d0, y0, e0 = _read_quarter(0, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    g1, x1, d1, y1, e1 = _read_quarter(1, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    g2, x2, d2, y2, e2 = _read_quarter(2, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    g3, x3, d3, y3, e3 = _read_quarter(3, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
     token = first_token + tl.arange(0, TOKENS)
     part = tl.arange(0, BLOCK_PARTS)[:, None]
     rstd = tl.load(RSTD + token, token < M, 0.0)
@@ -127,32 +163,36 @@ def _norm_backward_quantize(
     scale = tl.load(SCALE)
     lambda0 = 1.0
     lambda1 = 0.0
-    if X0 is not None:
+    if MIX:
         lambda0 = tl.load(LAMBDAS)
         lambda1 = tl.load(LAMBDAS + 1)
     r0, r1, r2, r3 = _fourths(rstd, TOKENS)
     m0, m1, m2, m3 = _fourths(along / D, TOKENS)
-    c0, n0, b0, s0, z0 = _gradient_quarter(
-        0, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r0, m0, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    dx0, dy0, c0, n0, b0, s0, z0 = _gradient_quarter(
+        0, g0, x0, d0, y0, e0, D_HEAD, r0, m0, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    c1, n1, b1, s1, z1 = _gradient_quarter(
-        1, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r1, m1, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    dx1, dy1, c1, n1, b1, s1, z1 = _gradient_quarter(
+        1, g1, x1, d1, y1, e1, D_HEAD, r1, m1, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    c2, n2, b2, s2, z2 = _gradient_quarter(
-        2, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r2, m2, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    dx2, dy2, c2, n2, b2, s2, z2 = _gradient_quarter(
+        2, g2, x2, d2, y2, e2, D_HEAD, r2, m2, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    c3, n3, b3, s3, z3 = _gradient_quarter(
-        3, D_NORMED, X, D_STREAM, D_HEAD, X0, D_X0_IN, DX, D_X0, DX_Q, r3, m3, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, D, WIDTH, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
+    dx3, dy3, c3, n3, b3, s3, z3 = _gradient_quarter(
+        3, g3, x3, d3, y3, e3, D_HEAD, r3, m3, lambda0, lambda1, normed_scale, scale,
+        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
+    _write_quarter(0, dx0, dy0, c0, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(1, dx1, dy1, c1, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(2, dx2, dy2, c2, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(3, dx3, dy3, c3, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
     store_across(DX_T, c0, c1, c2, c3, first_token, first_channel, M, D, TOKENS, CHANNELS)
     store_across(NORMED_T, n0, n1, n2, n3, first_token, first_channel, M, D, TOKENS, CHANNELS)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
-    if X0 is not None:
+    if MIX:
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         along_stream = tl.sum(tl.ravel((s0 + s1) + (s2 + s3)), 0)
         along_x0 = tl.sum(tl.ravel((z0 + z1) + (z2 + z3)), 0)
@@ -243,7 +283,8 @@ def _backward(
             d_normed, along, x, rstd, d_stream, d_head, x0, lambdas, d_x0, normed_scale, scale,
             dx, new_d_x0, partial, normed_t, dx_q, dx_t, as_bits(amax), m, d, width, len(along),
             NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
-            BLOCK_PARTS=triton.next_power_of_2(len(along)), BLOCK_WIDTH=triton.next_power_of_2(max(1, width)), num_warps=8,
+            BLOCK_PARTS=triton.next_power_of_2(len(along)), BLOCK_WIDTH=triton.next_power_of_2(max(1, width)),
+            num_warps=8, maxnreg=128,
         )  # fmt: skip
     return dx, new_d_x0, None if partial is None else partial.sum(0), normed_t, dx_q, dx_t
 

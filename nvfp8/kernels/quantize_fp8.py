@@ -61,18 +61,28 @@ def store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: 
 
 @triton.jit
 def _quarter(
-    which: tl.constexpr, X, Q, scale, first_token, first_channel, M, N,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    which: tl.constexpr, X, scale, first_token, first_channel, M, N,
+    DTYPE: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     at, mask = every_fourth(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
     if RELU_SQUARED:
         x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
         x = x * x
-    codes = to_fp8(x * scale, DTYPE)
-    if ROWS:
-        tl.store(Q + at, codes, mask)
-    return codes, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return to_fp8(x * scale, DTYPE), x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _store_along(Q, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store a tile's codes, in quarters, as they lie, and that after all is read: the compiler moves no load across a store."""
+    at, mask = every_fourth(0, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    tl.store(Q + at, c0, mask)
+    at, mask = every_fourth(1, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    tl.store(Q + at, c1, mask)
+    at, mask = every_fourth(2, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    tl.store(Q + at, c2, mask)
+    at, mask = every_fourth(3, first_token, first_channel, M, N, TOKENS, CHANNELS)
+    tl.store(Q + at, c3, mask)
 
 
 @triton.jit
@@ -83,27 +93,27 @@ def _quantize(
     token = tl.program_id(1).to(tl.int64) * TOKENS
     channel = tl.program_id(0).to(tl.int64) * CHANNELS
     scale = tl.load(SCALE)
-    c0, b0 = _quarter(0, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
-    c1, b1 = _quarter(1, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
-    c2, b2 = _quarter(2, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
-    c3, b3 = _quarter(3, X, Q, scale, token, channel, M, N, DTYPE, ROWS, RELU_SQUARED, TOKENS, CHANNELS)
+    c0, b0 = _quarter(0, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c1, b1 = _quarter(1, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c2, b2 = _quarter(2, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c3, b3 = _quarter(3, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    if ROWS:
+        _store_along(Q, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
     if COLUMNS:
         store_across(Q_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
 
 
 @triton.jit
 def _gradient_quarter(
-    which: tl.constexpr, D_A, a, DH, factor, scale, first_token, first_channel, M, N,
+    which: tl.constexpr, D_A, a, factor, scale, first_token, first_channel, M, N,
     DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     at, mask = every_fourth(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
     root = tl.sqrt(a.to(tl.float32))
     dh = tl.load(D_A + at, mask, 0.0).to(tl.float32) * (root * factor)
-    codes = to_fp8(dh * scale, DTYPE)
-    tl.store(DH + at, codes, mask)
-    return codes, dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF, tl.sum(dh * root, 1)
+    return to_fp8(dh * scale, DTYPE), dh.to(tl.int32, bitcast=True) & 0x7FFFFFFF, tl.sum(dh * root, 1)
 
 
 @triton.jit
@@ -125,12 +135,13 @@ def _relu_squared_backward_quantize(
     at, mask = every_fourth(3, channel, token, N, M, CHANNELS, TOKENS)
     r3 = tl.load(A_T + at, mask, 0.0)
     a0, a1, a2, a3 = _quarters(tl.trans(interleaved(r0, r1, r2, r3, CHANNELS, TOKENS)), TOKENS, CHANNELS)
-    c0, b0, s0 = _gradient_quarter(0, D_A, a0, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c1, b1, s1 = _gradient_quarter(1, D_A, a1, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c2, b2, s2 = _gradient_quarter(2, D_A, a2, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
-    c3, b3, s3 = _gradient_quarter(3, D_A, a3, DH, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c0, b0, s0 = _gradient_quarter(0, D_A, a0, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c1, b1, s1 = _gradient_quarter(1, D_A, a1, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c2, b2, s2 = _gradient_quarter(2, D_A, a2, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
+    c3, b3, s3 = _gradient_quarter(3, D_A, a3, factor, scale, token, channel, M, N, DTYPE, TOKENS, CHANNELS)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
+    _store_along(DH, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
     store_across(DH_T, c0, c1, c2, c3, token, channel, M, N, TOKENS, CHANNELS)
     row = token + tl.arange(0, TOKENS)
     along = tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (TOKENS,))

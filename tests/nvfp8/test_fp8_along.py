@@ -1,11 +1,12 @@
 """What a layer tells the norm before it: the sum along each row that the norm's gradient subtracts."""
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from one_block import WIDTH, inputs, run_attention
-from test_fp8_layers import DEVICE, made_of, step
+from test_fp8_layers import DEVICE, WAYS, made_of, step
 from torch import Tensor
 
 from nvfp8 import reference
@@ -15,12 +16,14 @@ from nvfp8.recipe import RECIPES
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-def test_norms_are_told_the_sums_along_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("emulated", WAYS)
+def test_norms_are_told_the_sums_along_their_rows(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Σ dy·y from behind the linear layer is Σ dx̂·x̂, but for what FP8 rounds: of some thousand terms little is left of that."""
     seen: list[float] = []
+    module = reference if emulated else importlib.import_module("nvfp8.kernels")
 
     def watched(name: str, position: int) -> None:
-        original = getattr(reference, name)
+        original = getattr(module, name)
 
         def call(*arguments: Any, along: Tensor | None = None) -> Any:
             if along is not None:
@@ -30,11 +33,11 @@ def test_norms_are_told_the_sums_along_their_rows(monkeypatch: pytest.MonkeyPatc
                 seen.append(float((along.double().sum(0).view_as(true) - true).norm() / size.norm()))
             return original(*arguments, along=along)
 
-        monkeypatch.setattr(reference, name, call)
+        monkeypatch.setattr(module, name, call)
 
     watched("norm_backward_quantize", 0)
     watched("mix_norm_backward_quantize", 1)
-    precision = fp8(RECIPES["delayed"], emulated=True)
+    precision = fp8(RECIPES["delayed"], emulated=emulated)
     made, scaling = made_of(precision, table=True)
     given = inputs(DEVICE, torch.bfloat16)
     for steps in (1, 2):
