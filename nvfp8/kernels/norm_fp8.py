@@ -9,8 +9,8 @@ tensors are more than registers and shared memory hold, so rows would be read tw
     Σ_d dx̂·x̂ = Σ_n dy·y        over the N outputs of the linear layer behind the norm
 
 and who wrote dy had both in registers (`Quantized.along`): relu²'s gradient, 2√a·da times √a, and the heads'. So a program takes a
-tile of 64 tokens × 128 channels and reads it once. What FP8 rounds of y, dy and x̂ moves the sum by 1/√N of FP8's own noise. Where
-nobody knows y, as after a GEMM that was measured first, `_row_products` reads the rows a first time.
+tile of 64 tokens × 128 channels and reads it once. Of what FP8 rounds of y, dy and x̂ the part along x̂ stays in dx. Where nobody
+knows y, as after a GEMM that was measured first, `_row_products` reads the rows a first time.
 Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize`
 2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons; two programs of 256
 threads share a multiprocessor at 128 registers, and what each reads is asked for at once.
@@ -94,10 +94,12 @@ def _read_quarter(
 
 @triton.jit
 def _gradient_quarter(
-    which: tl.constexpr, gradient, x, d_stream, x0, d_x0, D_HEAD, rstd, mean, lambda0, lambda1, normed_scale, scale,
+    which: tl.constexpr, read, D_HEAD, rstd, mean, lambda0, lambda1, normed_scale, scale,
     first_token, first_channel, M, WIDTH, MIX: tl.constexpr, ADD: tl.constexpr, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """dx and d_x0 to store, codes of dx and of x̂, and what is summed over the tile, of what `_read_quarter` read."""
+    gradient, x, d_stream, x0, d_x0 = read
     stored: tl.constexpr = x.dtype
     gradient = gradient.to(tl.float32)
     if D_HEAD is not None:
@@ -146,10 +148,10 @@ def _norm_backward_quantize(
     first_channel = tl.program_id(0).to(tl.int64) * CHANNELS
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
     # All is read before anything is written: the compiler must take a store for one to any address, and moves no load across.
-    g0, x0, d0, y0, e0 = _read_quarter(0, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    g1, x1, d1, y1, e1 = _read_quarter(1, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    g2, x2, d2, y2, e2 = _read_quarter(2, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    g3, x3, d3, y3, e3 = _read_quarter(3, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    read0 = _read_quarter(0, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    read1 = _read_quarter(1, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    read2 = _read_quarter(2, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    read3 = _read_quarter(3, D_NORMED, X, D_STREAM, X0, D_X0_IN, first_token, first_channel, M, D, TOKENS, CHANNELS)
     token = first_token + tl.arange(0, TOKENS)
     part = tl.arange(0, BLOCK_PARTS)[:, None]
     rstd = tl.load(RSTD + token, token < M, 0.0)
@@ -168,26 +170,26 @@ def _norm_backward_quantize(
         lambda1 = tl.load(LAMBDAS + 1)
     r0, r1, r2, r3 = _fourths(rstd, TOKENS)
     m0, m1, m2, m3 = _fourths(along / D, TOKENS)
-    dx0, dy0, c0, n0, b0, s0, z0 = _gradient_quarter(
-        0, g0, x0, d0, y0, e0, D_HEAD, r0, m0, lambda0, lambda1, normed_scale, scale,
+    dx_0, dx0_0, c0, n0, b0, s0, z0 = _gradient_quarter(
+        0, read0, D_HEAD, r0, m0, lambda0, lambda1, normed_scale, scale,
         first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    dx1, dy1, c1, n1, b1, s1, z1 = _gradient_quarter(
-        1, g1, x1, d1, y1, e1, D_HEAD, r1, m1, lambda0, lambda1, normed_scale, scale,
+    dx_1, dx0_1, c1, n1, b1, s1, z1 = _gradient_quarter(
+        1, read1, D_HEAD, r1, m1, lambda0, lambda1, normed_scale, scale,
         first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    dx2, dy2, c2, n2, b2, s2, z2 = _gradient_quarter(
-        2, g2, x2, d2, y2, e2, D_HEAD, r2, m2, lambda0, lambda1, normed_scale, scale,
+    dx_2, dx0_2, c2, n2, b2, s2, z2 = _gradient_quarter(
+        2, read2, D_HEAD, r2, m2, lambda0, lambda1, normed_scale, scale,
         first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    dx3, dy3, c3, n3, b3, s3, z3 = _gradient_quarter(
-        3, g3, x3, d3, y3, e3, D_HEAD, r3, m3, lambda0, lambda1, normed_scale, scale,
+    dx_3, dx0_3, c3, n3, b3, s3, z3 = _gradient_quarter(
+        3, read3, D_HEAD, r3, m3, lambda0, lambda1, normed_scale, scale,
         first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
     )  # fmt: skip
-    _write_quarter(0, dx0, dy0, c0, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    _write_quarter(1, dx1, dy1, c1, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    _write_quarter(2, dx2, dy2, c2, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
-    _write_quarter(3, dx3, dy3, c3, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(0, dx_0, dx0_0, c0, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(1, dx_1, dx0_1, c1, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(2, dx_2, dx0_2, c2, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
+    _write_quarter(3, dx_3, dx0_3, c3, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
     store_across(DX_T, c0, c1, c2, c3, first_token, first_channel, M, D, TOKENS, CHANNELS)
     store_across(NORMED_T, n0, n1, n2, n3, first_token, first_channel, M, D, TOKENS, CHANNELS)
     if AMAX is not None:
