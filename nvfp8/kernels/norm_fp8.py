@@ -98,7 +98,7 @@ def _gradient_quarter(
     first_token, first_channel, M, WIDTH, MIX: tl.constexpr, ADD: tl.constexpr, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx and d_x0 to store, codes of dx and of x̂, and what is summed over the tile, of what `_read_quarter` read."""
+    """From what `_read_quarter` read: dx and d_x0 to store, codes of dx and of x̂, and what is summed over the tile."""
     gradient, x, d_stream, x0, d_x0 = read
     stored: tl.constexpr = x.dtype
     gradient = gradient.to(tl.float32)
