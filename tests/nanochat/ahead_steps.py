@@ -35,7 +35,7 @@ from nanochat.micro_batches import MicroBatches
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
 from nanochat.state_formats import AUTO, StateFormats, parse_formats
-from nvfp8 import fp8_head, quantize
+from nvfp8 import fp8_head, polar_express, quantize
 from nvfp8.optim import muon
 from nvfp8.precision import Precision, bf16, fp8
 from nvfp8.recipe import RECIPES
@@ -87,6 +87,7 @@ def pretend() -> None:
     muon.fastest_products = lambda rows, columns, dtype, capability: products(rows, columns, dtype, (9, 0))
     for module in (quantize, fp8_head):
         module.fp8_matmul = lambda a, b, ai, bi, dtype, fast, emulated, out=None: torch.empty(len(a), len(b), dtype=dtype)
+    polar_express._product = lambda *arguments: None
     WithoutProducts().__enter__()
 
 
