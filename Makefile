@@ -35,7 +35,7 @@ out/tokenizer-%/tokenizer.json: | $(INSTALLED)
 	$(RUN) -m scripts.tok_train --data python --vocab-size $* --out $(@D)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 12
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 12 --dist worksteal
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -64,7 +64,7 @@ def call_wide(kernels: Any) -> None:
     from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32)[: 1 + EVERY]:
-        for width in WIDTHS:
+        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[-1:]:
             x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
