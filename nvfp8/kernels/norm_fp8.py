@@ -94,12 +94,12 @@ def _read_quarter(
 
 @triton.jit
 def _gradient_quarter(
-    which: tl.constexpr, read, D_HEAD, rstd, mean, lambda0, lambda1, normed_scale, scale,
-    first_token, first_channel, M, WIDTH, MIX: tl.constexpr, ADD: tl.constexpr, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    which: tl.constexpr, read, rstd, mean, factors, D_HEAD, first_token, first_channel, M, WIDTH, MIX: tl.constexpr,
+    ADD: tl.constexpr, NORMED_DTYPE: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """From what `_read_quarter` read: dx and d_x0 to store, codes of dx and of x̂, and what is summed over the tile."""
     gradient, x, d_stream, x0, d_x0 = read
+    lambda0, lambda1, normed_scale, scale = factors
     stored: tl.constexpr = x.dtype
     gradient = gradient.to(tl.float32)
     if D_HEAD is not None:
@@ -161,31 +161,26 @@ def _norm_backward_quantize(
         mask = (token < M)[:, None] & (column < WIDTH)
         d_head = tl.load(D_HEAD + token[:, None] * WIDTH + column, mask, 0.0).to(tl.float32)
         along += tl.sum(d_head * tl.load(X + token[:, None] * D + column, mask, 0.0).to(tl.float32), 1) * rstd
-    normed_scale = tl.load(NORMED_SCALE)
-    scale = tl.load(SCALE)
     lambda0 = 1.0
     lambda1 = 0.0
     if MIX:
         lambda0 = tl.load(LAMBDAS)
         lambda1 = tl.load(LAMBDAS + 1)
+    factors = lambda0, lambda1, tl.load(NORMED_SCALE), tl.load(SCALE)
     r0, r1, r2, r3 = _fourths(rstd, TOKENS)
     m0, m1, m2, m3 = _fourths(along / D, TOKENS)
     dx_0, dx0_0, c0, n0, b0, s0, z0 = _gradient_quarter(
-        0, read0, D_HEAD, r0, m0, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
-    )  # fmt: skip
+        0, read0, r0, m0, factors, D_HEAD, first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS
+    )
     dx_1, dx0_1, c1, n1, b1, s1, z1 = _gradient_quarter(
-        1, read1, D_HEAD, r1, m1, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
-    )  # fmt: skip
+        1, read1, r1, m1, factors, D_HEAD, first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS
+    )
     dx_2, dx0_2, c2, n2, b2, s2, z2 = _gradient_quarter(
-        2, read2, D_HEAD, r2, m2, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
-    )  # fmt: skip
+        2, read2, r2, m2, factors, D_HEAD, first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS
+    )
     dx_3, dx0_3, c3, n3, b3, s3, z3 = _gradient_quarter(
-        3, read3, D_HEAD, r3, m3, lambda0, lambda1, normed_scale, scale,
-        first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS,
-    )  # fmt: skip
+        3, read3, r3, m3, factors, D_HEAD, first_token, first_channel, M, WIDTH, MIX, ADD, NORMED_DTYPE, DTYPE, TOKENS, CHANNELS
+    )
     _write_quarter(0, dx_0, dx0_0, c0, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
     _write_quarter(1, dx_1, dx0_1, c1, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
     _write_quarter(2, dx_2, dx0_2, c2, DX, D_X0, DX_Q, first_token, first_channel, M, D, TOKENS, CHANNELS)
