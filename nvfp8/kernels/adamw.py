@@ -6,16 +6,16 @@ memory, so nothing else may: the host pays for one upload a step and one launch 
 The upload is a table, a row of 120 bytes for each tensor, from pinned memory: its addresses, its size, and where its numbers are,
 its key for rounding and its factors. Those come from memory too, so the same launches, captured in a CUDA graph, do for every step;
 and values from memory never compile anything anew, as arguments may. A second table stays on the device, with the optimizer: which
-tensor and which block of 4096 elements each program takes. It depends on sizes only.
+tensor and which block of 1024 elements each program takes. It depends on sizes only.
 
-A block is 32 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
+A block is 8 rows of 128 elements, the elements that share a scale in FP8. Of an address or size that comes from a table the
 compiler knows nothing, and would load element by element; ALIGNED says that 16 divides them. Tensors for which that is not so,
 such as a scalar, are a launch of their own. Random numbers depend on (key, element), not on how the work is cut. One hash serves
 four neighbours (`rounding.draw`), and of each both moments and the weight (`rounding.three`): with twelve, arithmetic would bound
 the kernel rather than memory.
 
-Of a matrix with FP8 copies a program takes 32 rows of 128 columns, as many blocks of 128, and writes the copies too: 128 bytes side
-by side in one, 32 in its transpose.
+Of a matrix with FP8 copies a program takes 32 rows of 128 columns, so 4096 elements, and writes the copies too: 128 bytes side by
+side in one, 32 in its transpose.
 """
 
 import struct
@@ -29,15 +29,18 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp8.kernels import rounding
-from nvfp8.kernels.fp8 import DTYPES, check_copies, store_copies
+from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, check_copies, store_copies
 from nvfp8.reference_optim import AdamWTensor
 
-BLOCK = 4096  # elements a program
-# A thread's: 3 programs of 256 threads share a multiprocessor's 65,536, so one computes while others load. H100, E4M3 moments,
+# Elements a program, and one that writes FP8 copies. Small ones even out what a multiprocessor reads, computes and writes: an H200
+# gives 0.855 of a copy's rate for 1024, 0.85 for 2048, 0.82 for 4096 (E4M3 moments, bf16+8). The interpreter's time is programs.
+BLOCK, COPIED = 4096 if INTERPRETED.value else 1024, 4096
+PER_WARP = 512  # 16 elements a thread
+# A thread's: 768 threads share a multiprocessor's 65,536, so some compute while others load. H100, E4M3 moments,
 # share of a copy's rate with the cap and without: bf16+8 0.96, bf16 0.94, fp32 masters 0.80 and 0.68, bf16+16 0.89 and 0.91. There
 # is none where it spills much: beside int16 remainders, and where elements are loaded one by one.
 REGISTERS = 80
-PLANS = 64  # 8 bytes a program each: 0.2 % of its 4096 elements at one byte each
+PLANS = 64  # 8 bytes a program each: 0.8 % of its 1024 elements at one byte each
 _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
     torch.int8: tl.int8, torch.int16: tl.int16,
@@ -214,7 +217,7 @@ def adamw_prepared(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | No
         plain = t.gradient if t.gradient.dtype in (torch.float32, torch.bfloat16) else t.gradient.float()
         gradients.append(plain.contiguous())
         size, moments = t.parameter.numel(), (*t.exp_avg, *t.exp_avg_sq)
-        assert size <= 2**31 - BLOCK, "inside a tensor, the kernel counts in int32"
+        assert size <= 2**31 - COPIED, "inside a tensor, the kernel counts in int32"
         assert all(x is None or x.is_contiguous() for x in (t.parameter, *moments, t.rest)), "adamw_ writes contiguous memory"
         elements = (t.parameter, gradients[-1], t.exp_avg.data, t.exp_avg_sq.data, t.rest)
         c, copied, programs, multiples = t.copies, [0] * 6, triton.cdiv(size, BLOCK), [size]
@@ -228,7 +231,7 @@ def adamw_prepared(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | No
             (r, columns), stride, side = c.q.shape, c.t.stride(0), rounding.BLOCK.value
             assert columns % side == 0, "a tile is of whole blocks that share a scale"
             assert all(x.device == device for x in c), "what a launch is given lies on one device"
-            copied, programs = [*(x.data_ptr() for x in c), columns, stride], triton.cdiv(r, BLOCK // side) * (columns // side)
+            copied, programs = [*(x.data_ptr() for x in c), columns, stride], triton.cdiv(r, COPIED // side) * (columns // side)
             multiples = [r, stride, c.q.data_ptr(), c.t.data_ptr()]
         # Scales are few: they are loaded one by one wherever they are.
         aligned = not any(x % 16 for x in multiples) and all(x is None or x.data_ptr() % 16 == 0 for x in elements)
@@ -249,11 +252,13 @@ def adamw_prepared(tensors: Sequence[AdamWTensor], plans: dict[Any, Tensor] | No
                 del plans[next(iter(plans))]  # the oldest
             plans[plan] = _blocks(members, device)
         capped = aligned and (rest in (None, torch.int8) or (rest == torch.float32 and first in rounding.FORMATS))
+        block = BLOCK if copy is None else COPIED
         options = {
             "PARAMETER": _TYPES[parameter], "GRADIENT": _TYPES[gradient], "FIRST": _TYPES[first], "SECOND": _TYPES[second],
             "REST": None if rest is None else _TYPES[rest], "FIRST_FORMAT": rounding.FORMATS.get(first),
             "SECOND_FORMAT": rounding.FORMATS.get(second), "STOCHASTIC": stochastic, "ALIGNED": aligned,
-            "COPIES": DTYPES.get(copy), "BLOCK": BLOCK, "num_warps": 8, "maxnreg": REGISTERS if capped else None,
+            "COPIES": DTYPES.get(copy), "BLOCK": block, "num_warps": block // PER_WARP,
+            "maxnreg": REGISTERS if capped else None,
         }  # fmt: skip
         calls.append((plans[plan], options))
 

@@ -5,13 +5,15 @@ in L2) writes the gradient. With r = 1/(1 + e^(2x/c)), tanh(x/c) is 1 − 2r, z 
 
 By that formula a logit takes two exponentials and a reciprocal, of which a multiprocessor makes 16 a cycle, where it has time for
 128 other operations: they bound the sum before memory does. So r is a polynomial where |x| ≤ c, which is nearly always, and by the
-formula in those groups of four logits where one is larger.
+formula in those groups of four logits where one is larger. In the sum it is a polynomial for log₂ exp(z), without a step between.
 
 Exponentials are PTX's instructions themselves. Triton's functions take three more each for results below 2⁻¹²⁶ and divisors above
 2¹²⁶: here a probability that no format holds, and a saturated tanh.
 """
 
+import math
 import struct
+from functools import cache
 
 import torch
 import triton
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from nvfp8.kernels.fp8 import INTERPRETED
 
-BLOCK = 4096  # columns in registers at a time
-# 1/(1 + e^(2y)) = ½ + y·q(y²) for |y| ≤ 1, q of degree 6 in fp32, lowest power first: off by at most 6e-8, of which 1e-8 before
+BLOCK = 2048  # columns in registers at a time
+# 1/(1 + e^(2y)) = ½ + y·q(y²) for |y| ≤ 1, q of degree 6 in fp32, lowest power first: off by at most 7e-8, of which 1e-8 before
 # rounding. Weighted least squares on 400 Chebyshev nodes, weights raised where the error was largest.
 SHARE = (
     -0.49999985098838806, 0.16666065156459808, -0.06659791618585587, 0.026632901281118393, -0.009986613877117634,
@@ -29,17 +31,29 @@ SHARE = (
 )  # fmt: skip
 
 
-def _share_of_four() -> str:
-    """PTX for r of four y: $0 … $3 from $4 … $7. Of a NaN the polynomial makes a NaN."""
-    constants = [f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}" for value in SHARE]
+def scaled(cap: float, slope: float) -> list[float]:
+    """`slope`·x/c·q(x²/c²) as x times a polynomial in x², lowest power first: what r is multiplied by costs nothing then."""
+    return [slope * value / cap ** (2 * power + 1) for power, value in enumerate(SHARE)]
+
+
+@cache
+def _of_four(cap: float, first: float, slope: float) -> str:
+    """PTX for `first` + `slope`·r of four logits: $0 … $3 from $4 … $7. Of a NaN the polynomial makes a NaN."""
+
+    def constant(value: float) -> str:
+        return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
+
+    highest, *lower = [constant(value) for value in reversed(scaled(cap, slope))]
+    middle = first + slope / 2  # at x = 0
     ways: dict[str, list[str]] = {"near": [], "far": []}
     for to in range(4):
-        r, y = f"${to}", f"${to + 4}"
-        ways["near"] += [f"mul.f32 s, {y}, {y};", f"mov.f32 q, {constants[-1]};"]
-        ways["near"] += [f"fma.rn.f32 q, q, s, {constant};" for constant in constants[-2::-1]]
-        ways["near"].append(f"fma.rn.f32 {r}, q, {y}, 0f3F000000;")  # ½
-        ways["far"] += [f"mul.f32 s, {y}, 0f4038AA3B;", "ex2.approx.ftz.f32 s, s;"]  # 2·log₂e
-        ways["far"] += ["add.f32 s, s, 0f3F800000;", f"rcp.approx.ftz.f32 {r}, s;"]
+        out, x = f"${to}", f"${to + 4}"
+        ways["near"] += [f"mul.f32 s, {x}, {x};", f"mov.f32 q, {highest};"]
+        ways["near"] += [f"fma.rn.f32 q, q, s, {value};" for value in lower]
+        ways["near"].append(f"fma.rn.f32 {out}, q, {x}, {constant(middle)};" if middle else f"mul.f32 {out}, q, {x};")
+        ways["far"] += [f"mul.f32 s, {x}, {constant(2 / math.log(2) / cap)};", "ex2.approx.ftz.f32 s, s;"]
+        ways["far"] += [f"add.f32 s, s, {constant(1)};", "rcp.approx.ftz.f32 s, s;"]
+        ways["far"].append(f"fma.rn.f32 {out}, s, {constant(slope)}, {constant(first)};")
     largest = [f"abs.f32 q, ${at}; max.f32 s, s, q;" for at in (5, 6, 7)]
     lines = [
         "{",
@@ -47,13 +61,10 @@ def _share_of_four() -> str:
         ".reg .f32 s, q;",
         "abs.f32 s, $4;",
         *largest,
-        "setp.gt.f32 far, s, 0f3F800000;",
+        f"setp.gt.f32 far, s, {constant(cap)};",
         "@far bra FAR;",
     ]
     return "\n".join([*lines, *ways["near"], "bra.uni DONE;", "FAR:", *ways["far"], "DONE:", "}"])
-
-
-_SHARE_OF_FOUR = tl.constexpr(_share_of_four())
 
 
 @triton.jit
@@ -75,19 +86,17 @@ def softcap_share(logits, CAP: tl.constexpr):
 
 
 @triton.jit
-def _shares(logits, CAP: tl.constexpr):
-    """As `softcap_share`, of many, by the polynomial where it serves."""
+def _of_shares(logits, CAP: tl.constexpr, FIRST: tl.constexpr, SLOPE: tl.constexpr, OF_FOUR: tl.constexpr):
+    """FIRST + SLOPE·r of many logits, by the polynomial where it serves."""
     if INTERPRETED:
-        return softcap_share(logits, CAP)
-    return tl.inline_asm_elementwise(
-        _SHARE_OF_FOUR, "=&f,=&f,=&f,=&f,f,f,f,f", [logits * (1.0 / CAP)], dtype=tl.float32, is_pure=True, pack=4
-    )
+        return FIRST + SLOPE * softcap_share(logits, CAP)
+    return tl.inline_asm_elementwise(OF_FOUR, "=&f,=&f,=&f,=&f,f,f,f,f", [logits], dtype=tl.float32, is_pure=True, pack=4)
 
 
 @triton.jit
 def _softcap_cross_entropy(
     LOGITS, TARGETS, SCALE, LOSSES, LOG_SUMS, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, EXPONENTS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -96,8 +105,8 @@ def _softcap_cross_entropy(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        share = _shares(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32), CAP)
-        exponential = power_of_2(LOG2E * CAP - (2.0 * LOG2E * CAP) * share)
+        x = tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32)
+        exponential = power_of_2(_of_shares(x, CAP, LOG2E * CAP, -2.0 * LOG2E * CAP, EXPONENTS))
         total += tl.where(column < VOCAB, exponential, 0.0) if VOCAB % BLOCK else exponential
     log_sum = tl.log(tl.sum(total, 0))
     valid = target >= 0
@@ -110,7 +119,8 @@ def _softcap_cross_entropy(
         scale = tl.where(valid, tl.load(SCALE), 0.0)
         for start in range(0, PADDED, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            share = _shares(tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32), CAP)
+            x = tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32)
+            share = _of_shares(x, CAP, 0.0, 1.0, SHARES)
             gradient = power_of_2(LOG2E * (CAP - log_sum) - (2.0 * LOG2E * CAP) * share) - tl.where(column == target, 1.0, 0.0)
             gradient = tl.where(column < VOCAB, gradient * (4.0 * share * (1.0 - share)) * scale, 0.0)
             tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
@@ -144,5 +154,6 @@ def row_pass(
     """Write losses (N,) fp32, where `scale` is given the gradient over the logits, and log Σ exp(z) to `log_sums` (N,) fp32."""
     _softcap_cross_entropy[(logits.shape[0],)](
         logits, targets, scale, losses, log_sums, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
-        CAP=softcap, GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=8,
+        CAP=softcap, GRADIENT=scale is not None, EXPONENTS=_of_four(softcap, softcap / math.log(2), -2 * softcap / math.log(2)),
+        SHARES=_of_four(softcap, 0.0, 1.0), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

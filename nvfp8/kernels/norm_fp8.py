@@ -9,11 +9,11 @@ tensors are more than registers and shared memory hold, so rows would be read tw
     Σ_d dx̂·x̂ = Σ_n dy·y        over the N outputs of the linear layer behind the norm
 
 and who wrote dy had both in registers (`Quantized.along`): relu²'s gradient, 2√a·da times √a, and the heads'. So a program takes a
-tile of 64 tokens × 128 channels and reads it once. Of what FP8 rounds of y, dy and x̂ the part along x̂ stays in dx. Where nobody
+tile of 32 tokens × 128 channels and reads it once. Of what FP8 rounds of y, dy and x̂ the part along x̂ stays in dx. Where nobody
 knows y, as after a GEMM that was measured first, `_row_products` reads the rows a first time.
 Bytes an element: `norm_backward_quantize` 2·3 read (d_normed, x, d_stream), 2 + 1 + 1 + 1 written; `mix_norm_backward_quantize`
-2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons; two programs of 256
-threads share a multiprocessor at 128 registers, and what each reads is asked for at once.
+2·5 read, 2 + 2 + 1 + 1 + 1 written. The tile is taken in quarters, as in `quantize_fp8.py` and for its reasons, and all that a
+program reads is asked for at once: small programs, 3 or 5 of 128 threads on a multiprocessor, keep memory busier than large ones.
 """
 
 import torch
@@ -25,7 +25,7 @@ from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
 from nvfp8.kernels.quantize_fp8 import every_fourth, store_across
 from nvfp8.reference import NORM_EPS
 
-TOKENS, CHANNELS = 64, 128  # backward's tile
+TOKENS, CHANNELS = 32, 128  # backward's tile
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def _backward(
             dx, new_d_x0, partial, normed_t, dx_q, dx_t, as_bits(amax), m, d, width, len(along),
             NORMED_DTYPE=DTYPES[normed_dtype], DTYPE=DTYPES[dtype], TOKENS=TOKENS, CHANNELS=CHANNELS,
             BLOCK_PARTS=triton.next_power_of_2(len(along)), BLOCK_WIDTH=triton.next_power_of_2(max(1, width)),
-            num_warps=8, maxnreg=128,
+            num_warps=4,
         )  # fmt: skip
     return dx, new_d_x0, None if partial is None else partial.sum(0), normed_t, dx_q, dx_t
 

@@ -1,15 +1,15 @@
 """Elementwise passes that end in FP8 in two layouts: a tile is read once, and written as it lies and transposed.
 
-A program takes TOKENS × CHANNELS = 128 × 128 elements. A row of the tile is 256 bytes of bf16 in and 128 bytes of FP8 out, a row
-of its transpose 128 bytes too, so every access is whole 128-byte lines; in between the codes (never the wide numbers) change
-places through shared memory, 16 KiB a program. Bytes a bf16 element: `quantize` 2 + 1 + 1, `relu_squared_quantize` the same,
-`relu_squared_backward_quantize` 2 + 1 + 1 + 1. 32,768 × 1,536 elements are 3,072 programs of 8 warps, a thread holds 64 elements.
+A program takes TOKENS × CHANNELS = 64 × 128 elements. A row of the tile is 256 bytes of bf16 in and 128 bytes of FP8 out, a row of
+its transpose 64 bytes, so every access is whole sectors of memory; in between the codes (never the wide numbers) change places
+through shared memory, 8 KiB a program. Bytes a bf16 element: `quantize` 2 + 1 + 1, `relu_squared_quantize` the same,
+`relu_squared_backward_quantize` 2 + 1 + 1 + 1. 32,768 × 1,536 elements are 6,144 programs of 8 warps, a thread holds 32 elements.
 
 The tile is taken in four quarters, rows 0, 4, 8 …, rows 1, 5, 9 … and so on. A thread reads 16 neighbours in one row of each, so
 it holds 4 neighbours of each column: words for the transpose, where single bytes would take four times the stores to shared
 memory. And as codes of several loads, they are converted as they are: of one load, Triton 3.6 would rather convert the bf16 numbers
 and compute again, which doubles both arithmetic and registers. 11 to 18 instructions an element come of it (sm_90), where an H200
-has time for 27 at 4.3 TB/s and 4 bytes an element, and 64 to 127 registers a thread.
+has time for 27 at 4.3 TB/s and 4 bytes an element, and 32 to 64 registers a thread.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
 
-TOKENS, CHANNELS = 128, 128  # a program's tile
+TOKENS, CHANNELS = 64, 128  # a program's tile
 BLOCK = 8192  # elements a program of `amax_`
 
 

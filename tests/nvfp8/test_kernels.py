@@ -4,6 +4,8 @@ On a CPU the kernels run in Triton's interpreter, in fp32 only (its bf16 truncat
 and fp32. A kernel may err at most 1.05 times as much as its twin, plus a few fp32 epsilons for another order of summation.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -251,16 +253,19 @@ def unaligned(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return inside, memory
 
 
-def test_the_softcaps_polynomial() -> None:
+@pytest.mark.parametrize("first, slope", [(0.0, 1.0), (15 / math.log(2), -30 / math.log(2))])  # r itself, and log₂ exp(z)
+def test_the_softcaps_polynomial(first: float, slope: float) -> None:
     """Off by no more than its comment says, in fp32 with fused multiply-adds."""
-    from nvfp8.kernels.cross_entropy import SHARE
+    from nvfp8.kernels.cross_entropy import scaled
 
-    y = torch.linspace(-1, 1, 200_001, dtype=torch.float64).float().double()
-    square = (y * y).float().double()
-    q = torch.full_like(y, SHARE[-1])
-    for constant in SHARE[-2::-1]:
+    x = torch.linspace(-15, 15, 200_001, dtype=torch.float64).float().double()
+    square = (x * x).float().double()
+    highest, *lower = torch.tensor(scaled(15.0, slope)).double().flip(0)
+    q = highest.expand_as(x)
+    for constant in lower:
         q = (q * square + constant).float().double()
-    assert ((y * q + 0.5).float() - 1 / (1 + (2 * y).exp())).abs().max() <= 6.1e-8
+    result = (x * q + (first + slope / 2)).float().double()
+    assert (result - (first + slope / (1 + (2 * x / 15).exp()))).abs().max() <= 7e-8 * abs(slope)
 
 
 def test_softcap_of_logits_of_any_size(dtype: torch.dtype) -> None:
