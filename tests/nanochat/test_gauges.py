@@ -109,11 +109,18 @@ def test_a_board_that_cannot_be_asked_says_why(monkeypatch: pytest.MonkeyPatch) 
 def test_the_real_board_counts_energy_and_memory() -> None:
     board = gauges.board(torch.device("cuda"))
     assert isinstance(board, gauges.Board), board
-    before, joules = board.used(), board.joules()
-    held = torch.ones(2**28, device="cuda")
-    for _ in range(300):
-        held.mul_(1.0)
-    torch.cuda.synchronize()
-    after, more = board.used(), board.joules()
-    assert before is not None and after is not None and after - before >= 0.9 * held.nbytes
+    joules, taken = board.joules(), list[float]()
+    for _ in range(5):  # other processes may give memory back meanwhile
+        before = board.used()
+        held = torch.ones(2**28, device="cuda")
+        for _ in range(300):
+            held.mul_(1.0)
+        torch.cuda.synchronize()
+        after = board.used()
+        assert before is not None and after is not None
+        taken.append((after - before) / held.nbytes)
+        del held
+        torch.cuda.empty_cache()
+    assert max(taken) >= 0.9, taken
+    more = board.joules()
     assert joules is not None and more is not None and more >= joules > 0
