@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
+from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, to_fp8
 from nvfp8.kernels.quantize_fp8 import every_fourth, store_across
 from nvfp8.reference import NORM_EPS
 
-TOKENS, CHANNELS = 32, 128  # backward's tile
+TOKENS, CHANNELS = 64 if INTERPRETED.value else 32, 128  # backward's tile; the interpreter's time is programs
 
 
 @triton.jit

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.fp8 import DTYPES, as_bits, largest_bits, raise_amax, to_fp8
+from nvfp8.kernels.fp8 import DTYPES, INTERPRETED, as_bits, largest_bits, raise_amax, to_fp8
 
-TOKENS, CHANNELS = 64, 128  # a program's tile
+TOKENS, CHANNELS = 128 if INTERPRETED.value else 64, 128  # a program's tile; the interpreter's time is programs
 BLOCK = 8192  # elements a program of `amax_`
 
 
