@@ -48,23 +48,12 @@ def main() -> None:
 
 
 def call_everything() -> None:
-    """For 8.9 what writes FP8: all else goes the ways of 8.0 there, in the shared memory that 12.1 has too."""
     from nvfp8 import kernels
-
-    if CAPABILITY != 89:
-        call_wide(kernels)
-    compile_adamw(kernels)
-    if CAPABILITY >= 89:  # Triton has no E4M3 before
-        compile_fp8(kernels)
-
-
-def call_wide(kernels: Any) -> None:
-    """Every kernel that knows nothing of FP8 but as a format of Muon's state."""
     from nvfp8.embedding import token_order
     from nvfp8.state import MASTERS, STATE_DTYPES, codec
 
     for dtype in (torch.bfloat16, torch.float32)[: 1 + EVERY]:
-        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[-1:]:
+        for width in WIDTHS:
             x, x0 = (torch.zeros(2, 64, width, dtype=dtype) for _ in range(2))
             lambdas, rstd = torch.ones(2), torch.ones(2, 64)
             kernels.norm_forward(x)
@@ -130,6 +119,9 @@ def call_wide(kernels: Any) -> None:
                     kernels.symmetric_product_(rows_first, rows_first, gram)
                 kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
                 kernels.symmetric_product_(poly, gram, torch.zeros_like(gram))
+    compile_adamw(kernels)
+    if CAPABILITY >= 89:  # Triton has no E4M3 before
+        compile_fp8(kernels)
 
 
 def compile_fp8(kernels: Any) -> None:
