@@ -1,10 +1,10 @@
 """The backward pass of `heads.py` into FP8: q, k, v's gradients become both operands of the projections' two backward GEMMs.
 
 A program takes 32 tokens of one head. Its two halves are tiles of 32 × E/2, which leave as 64 bytes a row and, transposed, as 32
-(E = 128). Bytes an element of d_qkv, without angles and 1/rms: 2 + 2 read (gradient and output; of v 2 more where a value embedding
-is gathered), 1 + 1 written. v is read for one number a head and token, Σ d_qkv·qkv, which saves the norm before the projections
-reading its rows twice. 32,768 tokens × 36 heads are 36,864 programs of 4 warps, 16 elements of each half a thread. The compiler would
-take 96 registers a thread; with 80, and 8 bytes spilled, 768 threads share a multiprocessor.
+(E = 128). Bytes an element of d_qkv, without angles and 1/rms: 2 + 2 read (gradient and output; of v 2 more where a value
+embedding is gathered), 1 + 1 written. v is read for one number a head and token, Σ d_qkv·qkv, which saves the norm before the
+projections reading its rows twice. 32,768 tokens × 36 heads are 36,864 programs of 4 warps, 16 elements of each half a thread.
+The compiler would take 96 registers a thread; with 80, and 8 bytes spilled, 768 threads share a multiprocessor.
 """
 
 import torch
