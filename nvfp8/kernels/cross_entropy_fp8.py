@@ -3,8 +3,7 @@
 The weight's gradient wants the logits' one transposed, and a transpose wants tiles of many rows, which no L2 holds between two
 passes. So the first pass is that of `cross_entropy.py`, which sums rows, and the second takes tiles of 128 × 128 and reads logits
 once more from memory: 2 bytes each, beside 2 + 2 for the GEMM's write and the first pass, and 1 + 1 for both layouts. A thread has
-64 elements, 21 instructions each, 3 of them exponentials and a reciprocal (sm_90; disassembled). It would take 73 registers, but
-with 64, where nothing is spilled either, four programs fit a multiprocessor instead of three.
+64 elements, 17 instructions each, 3 of them exponentials and a reciprocal, and takes 40 registers (sm_90; disassembled).
 """
 
 import torch
@@ -27,25 +26,47 @@ def _written(which: tl.constexpr, Q, first_token, entry, M, PADDED: tl.constexpr
 
 
 @triton.jit
+def _quarter(logits, log_sum, CAP: tl.constexpr):
+    """r, and softmax · (r − r²), a quarter of its product with 1 − tanh² = 4r(1 − r)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    r = softcap_share(logits.to(tl.float32), CAP)
+    return r, power_of_2((-2.0 * LOG2E * CAP) * r + LOG2E * (CAP - log_sum)) * (r - r * r)
+
+
+@triton.jit
 def _gradient_quantize(
     LOGITS, TARGETS, LOG_SUMS, SCALE, FACTOR, Q, Q_T, M, STRIDE_T, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
     DTYPE: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    LOG2E: tl.constexpr = 1.4426950408889634
     first_token = tl.program_id(1).to(tl.int64) * TOKENS
     token = first_token + tl.arange(0, TOKENS)
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    target = tl.load(TARGETS + token, token < M, -1).to(tl.int32)[:, None]
-    log_sum = tl.load(LOG_SUMS + token, token < M, 0.0)[:, None]
+    target = tl.load(TARGETS + token, token < M, -1).to(tl.int32)
+    log_sum = tl.load(LOG_SUMS + token, token < M, 0.0)
     at = token[:, None] * PADDED + entry[None, :]
     inside = (token < M)[:, None] & (entry < PADDED)[None, :]
-    r = softcap_share(tl.load(LOGITS + at, inside, 0.0).to(tl.float32), CAP)
-    p = power_of_2((-2.0 * LOG2E * CAP) * r + LOG2E * (CAP - log_sum))
-    quarter = (p - tl.where(entry[None, :] == target, 1.0, 0.0)) * (r - r * r)  # of the gradient: 1 − tanh² is 4r(1 − r)
-    quarter = tl.where((target >= 0) & (entry < VOCAB)[None, :], quarter, 0.0)
+    first_entry = tl.program_id(0) * ENTRIES
+    here = (target >= first_entry) & (target < first_entry + ENTRIES)
+    at_target = token * PADDED + target
+    of_target = tl.load(LOGITS + at_target, here, 0.0).to(tl.float32)
+    # An ignored token's logits are read as 0, and none of them has a probability.
+    logits = tl.load(LOGITS + at, inside & (target >= 0)[:, None], 0.0)
+    _, quarter = _quarter(logits, tl.where(target >= 0, log_sum, float("inf"))[:, None], CAP)
+    if VOCAB < PADDED:
+        quarter = tl.where((entry < VOCAB)[None, :], quarter, 0.0)
+    scale = 4.0 * tl.load(SCALE)
+    tl.store(Q + at, to_fp8(quarter * scale, DTYPE), inside)
+    # A tile has a target in few of its rows: taking 1 from a probability there is a store of its own, which the tile's precede.
+    of_share, of_quarter = _quarter(of_target, log_sum, CAP)
+    of_quarter -= of_share - of_share * of_share
     if FACTOR is not None:
-        tl.store(LOGITS + at, (quarter * (4.0 * tl.load(FACTOR))).to(LOGITS.dtype.element_ty), inside)
-    tl.store(Q + at, to_fp8(quarter * (4.0 * tl.load(SCALE)), DTYPE), inside)
+        factor = 4.0 * tl.load(FACTOR)
+        tl.debug_barrier()  # every thread has read what it needs of the logits
+        tl.store(LOGITS + at, (quarter * factor).to(LOGITS.dtype.element_ty), inside)
+    tl.debug_barrier()
+    tl.store(Q + at_target, to_fp8(of_quarter * scale, DTYPE), here)
+    if FACTOR is not None:
+        tl.store(LOGITS + at_target, (of_quarter * factor).to(LOGITS.dtype.element_ty), here)
     if Q_T is not None:
         # Read again, from L2: of codes in registers Triton 3.6 makes the transposed ones by computing everything a second time,
         # 256 exponentials a thread for 64 elements, at 255 registers and with spills (sm_90). In quarters, see `quantize_fp8.py`.
@@ -72,5 +93,5 @@ def softcap_cross_entropy_quantize(
         q = torch.empty(m, padded, dtype=q_t.dtype, device=logits.device)
     _gradient_quantize[(triton.cdiv(padded, ENTRIES), triton.cdiv(m, TOKENS))](
         logits, targets, log_sums, scale, factor, q, q_t, m, 0 if q_t is None else q_t.stride(0), VOCAB=vocab, PADDED=padded,
-        CAP=softcap, DTYPE=DTYPES[q.dtype], TOKENS=TOKENS, ENTRIES=ENTRIES, num_warps=8, maxnreg=64,
+        CAP=softcap, DTYPE=DTYPES[q.dtype], TOKENS=TOKENS, ENTRIES=ENTRIES, num_warps=8, maxnreg=None if factor is None else 64,
     )  # fmt: skip

@@ -16,6 +16,15 @@ COLUMNS = 512  # columns of a program
 
 
 @triton.jit
+def _row(ROWS, GATE, position, column, inside, head, W, E, GATED: tl.constexpr):
+    row = tl.load(ROWS + position * W + column, inside, 0.0)
+    gate = row
+    if GATED:
+        gate = tl.load(GATE + position * (W // E) + head, inside, 0.0)
+    return row, gate
+
+
+@triton.jit
 def _add_runs(
     GRAD, ROWS, GATE, POSITIONS, IDS, PARTS, N, W, E, GATED: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -28,12 +37,15 @@ def _add_runs(
     current = tl.load(IDS + begin)
     began_before = tl.load(IDS + begin - 1, begin > 0, -1) == current
     total = tl.zeros((COLUMNS,), tl.float32)
+    row, gate = _row(ROWS, GATE, tl.load(POSITIONS + begin), column, inside, head, W, E, GATED)
     for index in range(begin, end):
-        position = tl.load(POSITIONS + index)
-        value = tl.load(ROWS + position * W + column, inside, 0.0).to(tl.float32)
+        value = row.to(tl.float32)
         if GATED:
-            value *= tl.load(GATE + position * (W // E) + head, inside, 0.0).to(tl.float32)
+            value *= gate.to(tl.float32)
         total += value
+        # The next row is asked for before this one's sum is stored: the compiler moves no load across a store.
+        following_position = tl.load(POSITIONS + index + 1, index + 1 < end, 0)
+        row, gate = _row(ROWS, GATE, following_position, column, inside & (index + 1 < end), head, W, E, GATED)
         following = tl.load(IDS + index + 1, index + 1 < N, -1)
         if (following != current) | (index + 1 == end):
             if (following != current) & (began_before == 0):

@@ -1,13 +1,14 @@
 """The q/k/v projections in FP8 with rotary, QK norm and value embedding in their epilogue: attention's inputs out of one kernel.
 
 So the projections in bf16, 6 bytes a token and channel of the stream, are neither written nor read again. Built as `gemm_fp8.py`
-is: persistent, TMA in and out, 128 tokens × 256 channels a tile. The product is not rounded in between.
+is: persistent, two programs an SM, TMA in and out, 128 tokens × 128 channels a tile. The product is not rounded in between.
 
 A tile holds whole heads, and a thread's accumulators are columns of few rows, from all over the tile: so it is cut into parts of
-128 tokens × one head, and those into the halves that rotary mixes, by giving registers other names, and the norm sums over the four
-threads that share a row. Cosines and sines come by TMA as one tile, which shared memory hands out in the accumulators' layout; only
-rows of the value embedding, gathered by token, cost a change of layout. Whether a part is of q, k or v, all threads decide alike.
-On sm_90: 213,032 bytes of shared memory, 240 registers a thread (255 with promotion), none spilled.
+one head, and those into the halves that rotary mixes, by giving registers other names, and the norm sums over the four threads
+that share a row. Cosines and sines come by TMA as tiles, which shared memory hands out in the accumulators' layout; only rows of
+the value embedding, gathered by token, cost a change of layout. Whether a part is of q, k or v, all threads decide alike.
+Halves of 64 tokens leave one after the other, through 8 KiB. On sm_90: 114,728 bytes of shared memory, 223 to 240 registers a
+thread (255 with promotion), none spilled.
 
 Sums are fast or promoted, as in `gemm_fp8.py`. Heads of 64 or 128 channels; K a multiple of 16 (TMA).
 """
@@ -28,7 +29,7 @@ from nvfp8.reference_math import FUSED_HEADS, NORM_EPS, QK_SCALE
 
 @triton.jit
 def _gemm_heads(
-    X, W, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, X_INVERSE, W_INVERSE, M, D, T,
+    X, W, COS, SIN, Q, K, V, RSTD, GATE, TABLE, IDS, X_INVERSE, W_INVERSE, M, D, T,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     IMPRECISE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -47,15 +48,15 @@ def _gemm_heads(
         else:
             first, second = halves(products, BM, BN)
         head = n // E
-        _finish(first, factor, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head, H, G, E, VALUES, SCALE, EPS, ROWS)
+        _finish(first, factor, COS, SIN, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head, H, G, E, VALUES, SCALE, EPS, ROWS)
         m += DOWN
         head += BN // E - 1
-        _finish(second, factor, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head, H, G, E, VALUES, SCALE, EPS, ROWS)
+        _finish(second, factor, COS, SIN, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head, H, G, E, VALUES, SCALE, EPS, ROWS)
 
 
 @triton.jit
 def _finish(
-    products, factor, ROTARY, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head,
+    products, factor, COS, SIN, Q, K, V, RSTD, GATE, TABLE, IDS, M, T, m, head,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -64,25 +65,28 @@ def _finish(
     rstd = tl.zeros((ROWS,), tl.float32)
     if head < H + G:
         a, b = halves(products * factor, ROWS, E)
-        cos, sin = halves(ROTARY.load([m % T, 0]).to(tl.float32), ROWS, E)
+        cos, sin = COS.load([m % T, 0]).to(tl.float32), SIN.load([m % T, 0]).to(tl.float32)
         rotated_a = a * cos + b * sin
         rotated_b = b * cos - a * sin
         rstd = tl.rsqrt((tl.sum(rotated_a * rotated_a, 1) + tl.sum(rotated_b * rotated_b, 1)) / E + EPS)
         rotated_a *= rstd[:, None] * SCALE
         rotated_b *= rstd[:, None] * SCALE
-        both = tl.reshape(tl.permute(tl.join(rotated_a.to(Q.dtype), rotated_b.to(Q.dtype)), (0, 2, 1)), (ROWS, E))
         if head < H:
-            Q.store([m, head * E], both)
+            Q.store([m, head * E], rotated_a.to(Q.dtype))
+            Q.store([m, head * E + E // 2], rotated_b.to(Q.dtype))
         else:
-            K.store([m, (head - H) * E], both)
+            K.store([m, (head - H) * E], rotated_a.to(Q.dtype))
+            K.store([m, (head - H) * E + E // 2], rotated_b.to(Q.dtype))
     elif head < H + 2 * G:
         kv = head - H - G
-        value = products * factor
+        a, b = halves(products * factor, ROWS, E)
         if VALUES:
             gate = tl.load(GATE + token.to(tl.int64) * G + kv, token < M, 0.0).to(tl.float32)[:, None]
-            row = tl.load(IDS + token, token < M, 0)[:, None] * (G * E) + kv * E
-            value += gate * tl.load(TABLE + row + tl.arange(0, E)[None, :]).to(tl.float32)
-        V.store([m, kv * E], value.to(V.dtype))
+            row = TABLE + tl.load(IDS + token, token < M, 0)[:, None] * (G * E) + kv * E + tl.arange(0, E // 2)[None, :]
+            a += gate * tl.load(row).to(tl.float32)
+            b += gate * tl.load(row + E // 2).to(tl.float32)
+        V.store([m, kv * E], a.to(V.dtype))
+        V.store([m, kv * E + E // 2], b.to(V.dtype))
     # Last, for Triton up to 3.8 cannot flatten a loop whose body ends in an `if` (its pull request 11863).
     tl.store(RSTD + token.to(tl.int64) * (H + G) + head, rstd, (token < M) & (head < H + G))
 
@@ -95,8 +99,9 @@ def _tiles(device: torch.device, fast: bool, size: int) -> dict[str, int]:
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     if not roomy():
         return {"BM": 128, "BN": 128, "BK": 64, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
-    bm, bn = (128, 2 * size) if fast and size == 128 else (256, 128)
-    return {"BM": bm, "BN": bn, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
+    if fast and size == 128:
+        return {"BM": 128, "BN": 128, "BK": 128, "PROGRAMS": 2 * programs, "num_warps": 4, "num_stages": 3}
+    return {"BM": 256, "BN": 128, "BK": 128, "PROGRAMS": programs, "num_warps": 8, "num_stages": 3}
 
 
 def gemm_heads(
@@ -116,11 +121,11 @@ def gemm_heads(
     tiles: dict[str, Any] = dict(_tiles(x_q.device, fast, size))
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
     rows = bm // 2 if bn == size else bm
-    rotary = torch.cat((cos, sin), 1)
     if shape[1] % rows:  # the positions of a tile may begin again
-        rotary = rotary[torch.arange(shape[1] + rows, device=rotary.device) % shape[1]]
+        positions = torch.arange(shape[1] + rows, device=cos.device) % shape[1]
+        cos, sin = cos[positions], sin[positions]
     x, w = (TensorDescriptor.from_tensor(t, [b, bk]) for t, b in ((x_q, bm), (w_q, bn)))
-    out = (TensorDescriptor.from_tensor(t, [rows, size]) for t in (rotary, *(t.view(m, -1) for t in (q, k, v))))
+    out = (TensorDescriptor.from_tensor(t, [rows, size // 2]) for t in (cos, sin, *(t.view(m, -1) for t in (q, k, v))))
     _gemm_heads[(min(tiles["PROGRAMS"], triton.cdiv(m, bm) * triton.cdiv(len(w_q), bn)),)](
         x, w, *out, rstd, gate, table, ids, x_inverse, w_inverse, m, d, shape[1],
         H=n_head, G=n_kv, E=size, VALUES=gate is not None, SCALE=QK_SCALE, EPS=NORM_EPS,

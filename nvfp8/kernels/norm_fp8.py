@@ -193,8 +193,8 @@ def _norm_backward_quantize(
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         along_stream = tl.sum(tl.ravel((s0 + s1) + (s2 + s3)), 0)
         along_x0 = tl.sum(tl.ravel((z0 + z1) + (z2 + z3)), 0)
-        tl.store(D_LAMBDAS + 2 * program, (along_stream - lambda1 * along_x0) / lambda0)
-        tl.store(D_LAMBDAS + 2 * program + 1, along_x0)
+        tl.store(D_LAMBDAS + program, (along_stream - lambda1 * along_x0) / lambda0)
+        tl.store(D_LAMBDAS + tl.num_programs(0) * tl.num_programs(1) + program, along_x0)
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def _backward(
     dx_q, dx_t = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((m, d), (d, m)))
     width = 0 if d_head is None else d_head.shape[-1]
     grid = triton.cdiv(d, CHANNELS), triton.cdiv(m, TOKENS)
-    partial = None if x0 is None else torch.empty(grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
+    partial = None if x0 is None else torch.empty(2, grid[0] * grid[1], dtype=torch.float32, device=x.device)
     if along is None and m:
         along, block = torch.empty(1, m, dtype=torch.float32, device=x.device), triton.next_power_of_2(d)
         _row_products[(m,)](d_normed, x, rstd, along, d, BLOCK=block, num_warps=min(16, max(1, block // 512)))
@@ -283,7 +283,7 @@ def _backward(
             BLOCK_PARTS=triton.next_power_of_2(len(along)), BLOCK_WIDTH=triton.next_power_of_2(max(1, width)),
             num_warps=4,
         )  # fmt: skip
-    return dx, new_d_x0, None if partial is None else partial.sum(0), normed_t, dx_q, dx_t
+    return dx, new_d_x0, None if partial is None else partial.sum(1), normed_t, dx_q, dx_t
 
 
 def norm_backward_quantize(

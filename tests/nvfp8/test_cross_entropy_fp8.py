@@ -11,7 +11,7 @@ kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
 __all__ = ["dtype", "stream"]  # fixtures
 
 
-@pytest.mark.parametrize(("vocab", "padded", "m"), [(50, 64, 9), (300, 320, 150), (4096, 4096, 130)])
+@pytest.mark.parametrize(("vocab", "padded", "m"), [(50, 64, 9), (300, 320, 150), (128, 256, 40), (4096, 4096, 130)])
 @pytest.mark.parametrize("layouts", ["both", "rows", "columns", "rows and over the logits", "columns and over the logits"])
 def test_cross_entropy(vocab: int, padded: int, m: int, layouts: str, dtype: torch.dtype, stream: torch.dtype) -> None:
     logits, targets = 4 * random(m, padded, dtype=stream, seed=1), torch.randint(vocab, (m,), device=DEVICE)
@@ -40,3 +40,15 @@ def test_cross_entropy(vocab: int, padded: int, m: int, layouts: str, dtype: tor
             assert_codes(found, codes(true, scale, dtype).contiguous())
             found = found if found.shape == exact.shape else found.t()
             assert (found[0].float() == 0).all() and (found[:, vocab:].float() == 0).all()
+
+
+def test_logits_that_are_no_numbers_show_but_for_ignored_tokens(stream: torch.dtype) -> None:
+    """In the losses and the gradient; an ignored token has neither."""
+    logits, targets = random(40, 64, dtype=stream, seed=1), torch.zeros(40, dtype=torch.int64, device=DEVICE)
+    logits[5:8, 3], targets[5] = torch.nan, -1
+    losses, q = torch.zeros(40, device=DEVICE), torch.zeros(40, 64, device=DEVICE).to(E5M2)
+    kernels.softcap_cross_entropy_quantize(logits, targets, losses, 64, 15.0, scalar(2.0**15), None, q, None)
+    broken = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    broken[6:8] = True
+    assert torch.equal(losses.isnan(), broken) and losses[5] == 0
+    assert torch.equal(q.float().isnan().all(1), broken) and q[~broken].float().isfinite().all() and (q[5].float() == 0).all()
