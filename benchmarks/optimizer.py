@@ -140,7 +140,7 @@ def main() -> None:
     except ValueError as error:
         raise BadInput(str(error)) from error
     precision, _ = choose_precision(args.precision, "cuda", engine_options(args) if args.precision in ("te", "fp8") else None)
-    formats = state_formats(args)
+    formats = state_formats(args, precision)
     precision = formats.stored_by(precision, "cuda")
     model = build_model(config, precision, torch.device("cuda"))
     tokens = torch.randint(0, config.vocab_size, (1, config.sequence_len + 1), device="cuda")

@@ -75,7 +75,7 @@ def main() -> None:
     options = engine_options(args) if args.precision in ("te", "fp8") else None
     precision, _ = choose_precision(args.precision, "cuda", options)
     check(args.adamw, "cuda", precision.matrix_dtype)
-    formats = state_formats(args)
+    formats = state_formats(args, precision, args.adamw)
     precision = formats.stored_by(precision, "cuda", args.adamw)
     model = build_model(config, precision, device)
     tokens = torch.randint(0, config.vocab_size, (args.batch, config.sequence_len + 1), device=device)

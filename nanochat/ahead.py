@@ -32,14 +32,14 @@ import torch
 from nanochat.build import build_model, build_optimizers
 from nanochat.gpt import GPT
 from nanochat.param_groups import groups, ownership
-from nanochat.state_formats import AUTO, StateFormats
+from nanochat.state_formats import NANOCHAT, StateFormats
 from nvfp8.precision import FP8Precision, TEPrecision
 from nvfp8.scaling import Scaling
 
 MOST_THREADS = 32  # by then the largest kernel alone, and what needs Python, take as long as all together
 
 
-def compile_kernels(model: GPT, batch: int, adamw: str = "own", formats: StateFormats = AUTO) -> None:
+def compile_kernels(model: GPT, batch: int, adamw: str = "own", formats: StateFormats = NANOCHAT) -> None:
     """Have every Triton kernel of `model`'s first two training steps, and of their updates, compiled and loaded.
 
     Does nothing where kernels are not ours or not run: without CUDA, for Transformer Engine's layers and for emulation. Memory

@@ -19,7 +19,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import Muon
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import owned
-from nanochat.state_formats import AUTO, StateFormats
+from nanochat.state_formats import NANOCHAT, StateFormats
 from nanochat.te_adam import TEAdam
 from nanochat.tokenizer import Tokenizer
 from nvfp8 import te
@@ -179,7 +179,7 @@ def build_model(config: GPTConfig, precision: Precision, device: torch.device, a
 
 def build_optimizers(
     groups: list[dict[str, Any]], owner: Mapping[str, int], rank: int, compute_dtype: torch.dtype, adamw: str = "own",
-    formats: StateFormats = AUTO, seed: int = 0,
+    formats: StateFormats = NANOCHAT, seed: int = 0,
 ) -> tuple[NamedOptimizer, Muon]:  # fmt: skip
     """AdamW and Muon over what `rank` owns.
 

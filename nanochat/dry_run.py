@@ -275,8 +275,12 @@ def fitting_rows(config: TrainConfig, names: list[str], free: float, shape: GPTC
     room = (free - CONTEXT) * (1 - UNUSABLE)
     capability, rows = torch.cuda.get_device_capability(), config.device_batch_size
     for name in names:
-        precision = config.formats.stored_by(choose_precision(name, "cuda")[0], "cuda")
-        rows = min(rows, memory.largest_batch(memory.Setup(shape, precision, 1, graphs=name != "te", capability=capability), room))
+        computes, _ = choose_precision(name, "cuda")
+        formats = config.formats(computes)
+        setup = memory.Setup(
+            shape, formats.stored_by(computes, "cuda"), 1, formats=formats, graphs=name != "te", capability=capability
+        )
+        rows = min(rows, memory.largest_batch(setup, room))
     if rows < 1:
         raise BadInput(f"--depth {config.depth}: not even one row fits into {room / memory.GIB:.1f} GiB: take a smaller depth")
     return 2 ** (rows.bit_length() - 1)

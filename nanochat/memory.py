@@ -39,7 +39,7 @@ from nanochat.metrics import Metrics
 from nanochat.micro_batches import refusal
 from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership
-from nanochat.state_formats import AUTO, StateFormats
+from nanochat.state_formats import NANOCHAT, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.polar_express import fastest_products, room
 from nvfp8.precision import Precision, TEPrecision
@@ -76,7 +76,7 @@ class Setup:
     precision: Precision
     rows: int
     accumulation: int = 8
-    formats: StateFormats = AUTO
+    formats: StateFormats = NANOCHAT
     attention: str = "cudnn"
     deterministic: bool = False
     update_early: bool = False
@@ -306,9 +306,9 @@ def setup_of(config: TrainConfig, model: GPT, accumulation: int, ranks: int) -> 
     device = model.cos.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return Setup(
-        model.config, model.precision, config.device_batch_size, accumulation, config.formats, model.attention_backend,
-        config.deterministic, config.update_early, not config.no_cuda_graphs and refusal(model, ranks, config.update_early) is None,
-        config.adamw == "own", ranks, capability,
+        model.config, model.precision, config.device_batch_size, accumulation, config.formats(model.precision),
+        model.attention_backend, config.deterministic, config.update_early,
+        not config.no_cuda_graphs and refusal(model, ranks, config.update_early) is None, config.adamw == "own", ranks, capability,
     )  # fmt: skip
 
 

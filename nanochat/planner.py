@@ -17,7 +17,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Counted, Prediction, Setup, largest_batch, predict
 from nanochat.micro_batches import refusal
 from nanochat.plan import Plan, make_plan
-from nanochat.state_formats import AUTO, STATES, StateFormats
+from nanochat.state_formats import NANOCHAT, STATES, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import NICKNAMES, Peaks, best_recipe, missing, peaks, unstorable
 from nvfp8.precision import Precision, bf16, fp8, te
@@ -104,24 +104,20 @@ def device(name: str) -> Device:
     return Device(whole, known)
 
 
-def choices(where: Device, wanted: str, recipe: str, formats: StateFormats, recompute: bool = False) -> list[Choice]:
+def choices(where: Device, config: TrainConfig, wanted: str, recipe: str, recompute: bool = False) -> list[Choice]:
     """Ways to train on a device.
 
     Args:
         where: the device.
+        config: says how optimizer state is stored.
         wanted: "all", "bf16", "fp8" or "te".
         recipe: of FP8; "auto" takes delayed for our own layers, the device's best for Transformer Engine.
-        formats: of optimizer state and masters.
         recompute: whether our own FP8 layers make relu² again in backward.
 
     Raises:
         BadInput: the device cannot do what is asked for, or nothing that is planned does it.
     """
     capability = where.peaks.capability
-    for name in STATES:
-        reason = unstorable(getattr(formats, name) or "fp32", capability)
-        if reason is not None:
-            raise BadInput(f"--state-dtype {name}={getattr(formats, name)}: {reason}")
     found: list[tuple[str, Precision]] = [("bf16", bf16())] if wanted in ("all", "bf16") else []
     reason = missing("fp8", capability)
     if wanted in ("fp8", "te") and reason is not None:
@@ -142,7 +138,15 @@ def choices(where: Device, wanted: str, recipe: str, formats: StateFormats, reco
             (f"te {chosen.name}", te(chosen, te_head=True)),
             (f"te {chosen.name}, head in chunks", te(chosen)),
         ]
-    return [Choice(label, formats.stored_by(precision, "cpu"), formats) for label, precision in found]
+    made = []
+    for label, precision in found:
+        formats = config.formats(precision)
+        for name in STATES:
+            reason = unstorable(getattr(formats, name) or "fp32", capability)
+            if reason is not None:
+                raise BadInput(f"--state-dtype {name}={getattr(formats, name)}: {reason}")
+        made.append(Choice(label, formats.stored_by(precision, "cpu"), formats))
+    return made
 
 
 def _recipe(name: str, where: Device) -> Recipe:
@@ -227,9 +231,9 @@ def _deepest(fits: Callable[[int], bool]) -> int:
 
 
 def _measured(where: Device, config: TrainConfig, shape: GPTConfig, wanted: Choice, rows: int) -> roofline.Measured | None:
-    standard = shape == GPTConfig.from_depth(config.depth, window_pattern=config.window_pattern) and wanted.formats == AUTO
-    asked = (where.name, config.depth, rows, config.window_pattern, wanted.label)
-    found = (m for m in roofline.MEASURED if (m.device, m.depth, m.rows, m.window, m.label) == asked)
+    standard = shape == GPTConfig.from_depth(config.depth, window_pattern=config.window_pattern)
+    asked = (where.name, config.depth, rows, config.window_pattern, wanted.label, wanted.formats)
+    found = (m for m in roofline.MEASURED if (m.device, m.depth, m.rows, m.window, m.label, m.formats) == asked)
     return next(found, None) if standard else None
 
 
@@ -254,7 +258,7 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
         "(datasheets, dense rates)",
         f"d{config.depth}, T = {config.max_seq_len}, windows {config.window_pattern}, {first.batch_tokens:,} tokens a step, "
         f"{total / 1e9:.3g} G tokens in all",
-        f"optimizer state: {_states(rows[0].choice)}",
+        *_states([row.choice for row in rows]),
         f"room for tensors: {where.usable / GIB:.1f} GiB (assumed: {_reserve(known)})",
         "",
         "PREDICTED, one GPU",
@@ -280,9 +284,15 @@ def report(where: Device, config: TrainConfig, rows: list[Row], tokens: float | 
     return [*lines, "", *_notes(known, rows)]
 
 
-def _states(choice: Choice) -> str:
-    masters = choice.formats.master or "fp32, or matrices that are fp32 themselves"
-    return f"{choice.formats.describe(choice.precision)['optimizer state']}; masters {masters}"
+def _states(ways: list[Choice]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for way in ways:
+        if way.formats == NANOCHAT:
+            stored = "fp32, bf16 for moments of tables; masters fp32"
+        else:
+            stored = f"{way.formats.describe(way.precision)['optimizer state']}; masters {way.formats.master or 'fp32'}"
+        found.setdefault(stored, []).append(way.label)
+    return [f"optimizer state of {', '.join(labels)}: {stored}" for stored, labels in found.items()]
 
 
 def _reserve(known: Peaks) -> str:
@@ -340,8 +350,8 @@ def _notes(known: Peaks, rows: list[Row]) -> list[str]:
     notes = [
         "The peaks: " + "; ".join(f"{row.choice.label}: {row.memory.moment}" for row in rows) + ".",
         "Memory is counted; beside 25 measured runs on an H100 and an H200 it errs by 1.1 % at most, on an H200 by 0.2 %; on",
-        "other chips nothing was measured. Time takes efficiencies measured on an H200 as parts of this GPU's peaks: within 7 %",
-        "of 7 runs there, of which it is partly made, and within 4 % of 10 runs on an H100, all but two not part of it; on other",
+        "other chips nothing was measured. Time takes efficiencies measured on an H200 as parts of this GPU's peaks: within 9 %",
+        "of 13 runs there, of which it is partly made, and within 4 % of 10 runs on an H100, all but two not part of it; on other",
         "GPUs it is a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",
         "kWh: the board at its power limit, the rest of the machine not counted. At most: rows of any number that fit.",
     ]

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from nanochat.gemm_formats import copies, flops_in_fp8, made_again
 from nanochat.gpt import GPTConfig
 from nanochat.memory import Counted
+from nanochat.state_formats import NANOCHAT, SMALL, StateFormats
 from nvfp8.hardware import Peaks
 from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
@@ -214,6 +215,7 @@ class Measured:
         commit: what ran.
         graphs: whether micro-batches were captured (`nanochat/micro_batches.py`), which is a matter of memory too.
         captured_updates: whether the optimizers' step was.
+        formats: of optimizer state and masters.
     """
 
     device: str
@@ -226,6 +228,7 @@ class Measured:
     commit: str
     graphs: bool = False
     captured_updates: bool = False
+    formats: StateFormats = NANOCHAT
 
 
 MICRO_BATCHES = 8  # a step, of all of these
@@ -241,13 +244,19 @@ MEASURED = (
     Measured(_H100, 24, 16, "L", "te delayed, head in chunks", 126_480, 47.47, "8d89563"),
     Measured(_H100, 12, 32, "L", "te current", 560_993, 27.52, "48cd68f"),
     Measured(_H100, 12, 32, "L", "te blockwise", 537_881, 30.11, "48cd68f"),
-    Measured(_H200, 12, 32, "L", "bf16", 574_218, 15.14, "c15de00", graphs=True, captured_updates=True),
-    Measured(_H200, 24, 16, "L", "bf16", 106_873, 37.08, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 8, 32, "L", "bf16", 1_318_180, 7.02, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "bf16", 578_605, 15.14, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 16, 16, "L", "bf16", 294_590, 15.94, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "bf16", 107_626, 37.08, "fa9f877", graphs=True, captured_updates=True),
     Measured(_H200, 24, 16, "SSSL", "bf16", 110_934, 37.08, "c15de00", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "te delayed", 681_881, 27.39, "c15de00"),
-    Measured(_H200, 24, 16, "L", "te delayed", 141_026, 50.98, "c15de00"),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 775_666, 13.43, "c15de00", graphs=True, captured_updates=True),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 160_907, 34.40, "c15de00", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "te delayed", 675_010, 27.39, "fa9f877"),
+    Measured(_H200, 24, 16, "L", "te delayed", 140_670, 50.98, "fa9f877"),
+    Measured(_H200, 8, 32, "L", "fp8 delayed", 1_720_774, 6.54, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 795_773, 13.44, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 16, 16, "L", "fp8 delayed", 418_716, 14.84, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 161_332, 34.40, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 795_173, 12.44, "fa9f877", graphs=True, captured_updates=True, formats=SMALL),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 162_003, 29.02, "fa9f877", graphs=True, captured_updates=True, formats=SMALL),
 )
 # By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
 PUBLISHED_SPARK = 13_125

@@ -1,13 +1,16 @@
 """How a run stores optimizer state and weights between steps: `--state-dtype` and `--master-weights`, read and checked once.
 
-    --state-dtype auto                         fp32, and bf16 for the moments of bf16 embedding tables: nanochat's way
+    --state-dtype nanochat                     fp32, and bf16 for the moments of bf16 embedding tables
     --state-dtype e4m3                         all of it in one format, tables' too
     --state-dtype exp_avg=bf16,momentum=e4m3   each by itself; what is not named stays as auto has it
 
-    --master-weights fp32 (auto)   matrices are fp32 parameters, or bf16 ones with fp32 copies where the precision has them in bf16
+    --master-weights fp32          matrices are fp32 parameters, or bf16 ones with fp32 copies where the precision has them in bf16
     --master-weights bf16          matrices are bf16 and nothing else, rounded stochastically
     --master-weights bf16+8        with a byte of what bf16 cuts off, the rest rounded stochastically
     --master-weights bf16+16       with all of it: the update is fp32's, bit for bit
+
+auto, the default of both, is e4m3 and bf16+8 for our own FP8 layers, where that was measured to cost no loss (docs/results.md), and
+nanochat and fp32 for all else.
 
 Masters are of the matrices, lm_head among them; `nanochat/adamw.py` says what becomes of tables. Scalars, and NorMuon's mean
 squares, one a row, are fp32 in any case.
@@ -20,7 +23,7 @@ import torch
 
 from nanochat.errors import BadInput
 from nvfp8 import hardware
-from nvfp8.precision import Precision, TEPrecision
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.state import MASTERS, STATE_DTYPES
 
 STATES = ("exp_avg", "exp_avg_sq", "momentum")
@@ -28,13 +31,13 @@ STATES = ("exp_avg", "exp_avg_sq", "momentum")
 
 @dataclass(frozen=True)
 class StateFormats:
-    """What the two flags said.
+    """What the two flags came to for a run.
 
     Attributes:
-        exp_avg: AdamW's first moment, a key of STATE_DTYPES; None is auto.
+        exp_avg: AdamW's first moment, a key of STATE_DTYPES; None is nanochat's way.
         exp_avg_sq: AdamW's second moment.
         momentum: Muon's.
-        master: a key of MASTERS; None is auto.
+        master: a key of MASTERS; None is nanochat's way.
     """
 
     exp_avg: str | None = None
@@ -86,11 +89,27 @@ class StateFormats:
         return {"optimizer state": ", ".join(states), "master weights": "the matrices" if whole else self.master or "fp32"}
 
 
-AUTO = StateFormats()
+NANOCHAT = StateFormats()
+SMALL = StateFormats("e4m3", "e4m3", "e4m3", "bf16+8")
 
 
-def parse_formats(state_dtype: str, master_weights: str) -> StateFormats:
+def default_formats(precision: Precision, adamw: str = "own") -> StateFormats:
+    """What auto is.
+
+    Args:
+        precision: what the run computes in.
+        adamw: one of `te_adam.CHOICES`; Transformer Engine's stores what it says.
+    """
+    return SMALL if isinstance(precision, FP8Precision) and adamw == "own" else NANOCHAT
+
+
+def parse_formats(state_dtype: str, master_weights: str, auto: StateFormats) -> StateFormats:
     """Read the two flags.
+
+    Args:
+        state_dtype: what follows `--state-dtype`.
+        master_weights: what follows `--master-weights`.
+        auto: of `default_formats`.
 
     Raises:
         BadInput: a state or format that does not exist.
@@ -105,9 +124,14 @@ def parse_formats(state_dtype: str, master_weights: str) -> StateFormats:
                 f"--state-dtype {state_dtype}: give one format for all, or pairs as in exp_avg=bf16,momentum=e4m3 "
                 f"with each of {', '.join(STATES)} at most once"
             )
-        if form not in ("auto", *STATE_DTYPES):
-            raise BadInput(f"--state-dtype {state_dtype}: there is no {form!r}; formats are auto, {', '.join(STATE_DTYPES)}")
-        chosen[name] = None if form == "auto" else form
+        if form not in ("auto", "nanochat", *STATE_DTYPES):
+            raise BadInput(
+                f"--state-dtype {state_dtype}: there is no {form!r}; formats are auto, nanochat, {', '.join(STATE_DTYPES)}"
+            )
+        if form != "auto":
+            chosen[name] = None if form == "nanochat" else form
     if master_weights not in ("auto", *MASTERS):
         raise BadInput(f"--master-weights {master_weights}: there are auto, {', '.join(MASTERS)}")
-    return StateFormats(**chosen, master=None if master_weights == "auto" else master_weights)
+    if master_weights != "auto":
+        chosen["master"] = master_weights
+    return dataclasses.replace(auto, **chosen)

@@ -89,7 +89,7 @@ class Run:
             source = resolve(config.data)
             shape = config.shape(self.tokenizer.vocab_size)
             check_adamw(config.adamw, world.device.type, precision.matrix_dtype)
-            precision = config.formats.stored_by(precision, world.device.type, config.adamw)
+            precision = config.formats(precision).stored_by(precision, world.device.type, config.adamw)
             self.token_bytes = self.tokenizer.token_bytes().to(world.device)
             self.model = build_model(shape, precision, world.device, config.attention, config.seed)
             self.plan = make_plan(config, self.model, world.size)
@@ -101,7 +101,7 @@ class Run:
         say = print if world.rank == 0 else lambda line: None
         self.store = open_or_build(source, self.tokenizer, base_dir() / "shards", say)
         self.unigram = unigram_bits_per_byte(self.store, self.tokenizer.token_bytes())
-        ahead.compile_kernels(self.model, config.device_batch_size, config.adamw, config.formats)  # while memory is free
+        ahead.compile_kernels(self.model, config.device_batch_size, config.adamw, config.formats(precision))  # while memory is free
         self._build_optimizers()
         self.directory = directory or base_dir() / "base_checkpoints" / config.tag
         self.progress = Progress()
@@ -133,8 +133,9 @@ class Run:
         # the closest to where it arose.
         self.parameters = dict(sorted(model.named_parameters(), key=lambda item: backward_position(item[0])))
         self.owner = ownership(all_groups, self.world.size)
+        formats = config.formats(model.precision)
         self.optimizers = build_optimizers(
-            all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw, config.formats, config.seed
+            all_groups, self.owner, self.world.rank, model.precision.compute_dtype, config.adamw, formats, config.seed
         )
         own = [optimizer for optimizer in self.optimizers if isinstance(optimizer, StoredByName)]
         self.early = UpdateEarly(own) if config.update_early else None
@@ -201,10 +202,10 @@ class Run:
 
     def layers(self) -> dict[str, str]:
         """What every part of the model really runs in."""
-        precision, stored = self.model.precision, self.config.formats
+        precision = self.model.precision
         layers = {**precision.describe(), "attention": self.model.describe_attention(), "AdamW": self.config.adamw}
         layers |= {"micro-batches": self.micro_batches.how, "optimizers": self.updates.how}
-        return {**layers, **stored.describe(precision, self.config.adamw)}
+        return {**layers, **self.config.formats(precision).describe(precision, self.config.adamw)}
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Record something on rank 0. What that fails with waits until the ranks next agree: the others cannot know of it."""

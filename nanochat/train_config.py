@@ -6,7 +6,8 @@ from typing import Literal
 from nanochat.build import EngineOptions
 from nanochat.errors import BadInput
 from nanochat.gpt import GPTConfig
-from nanochat.state_formats import StateFormats, parse_formats
+from nanochat.state_formats import NANOCHAT, StateFormats, default_formats, parse_formats
+from nvfp8.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TrainConfig:
                 raise BadInput(f"{_flag(name)} is {getattr(self, name)}: it must be between 0 and 1")
         if self.eval_every > 0 and self.eval_tokens < 1:
             raise BadInput(f"--eval-tokens is {self.eval_tokens}: it must be at least 1, or --eval-every -1 for no evaluation")
-        parse_formats(self.state_dtype, self.master_weights)
+        parse_formats(self.state_dtype, self.master_weights, NANOCHAT)
         if self.update_early and self.adamw != "own":
             raise BadInput(f"--update-early updates tensor by tensor, --adamw {self.adamw} all at once: use --adamw own")
         if self.update_early and self.te_weights == "fp8":
@@ -110,10 +111,9 @@ class TrainConfig:
         """What FP8 layers are told, where they are used."""
         return EngineOptions(self.recipe, self.te_layers, self.te_head, self.te_weights, self.norm_weight, self.recompute_mlp)
 
-    @property
-    def formats(self) -> StateFormats:
-        """How optimizer state and weights are stored."""
-        return parse_formats(self.state_dtype, self.master_weights)
+    def formats(self, precision: Precision) -> StateFormats:
+        """How optimizer state and weights are stored beside what a run computes in."""
+        return parse_formats(self.state_dtype, self.master_weights, default_formats(precision, self.adamw))
 
     def shape(self, vocab_size: int, depth: int | None = None) -> GPTConfig:
         """The shape of the model.

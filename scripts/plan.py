@@ -13,7 +13,7 @@ from nanochat.planner import choices, device, plan, report
 from nanochat.train_config import TrainConfig
 from nvfp8.attention import BACKENDS
 from nvfp8.hardware import NICKNAMES
-from scripts.state_flags import add_state_flags, state_formats
+from scripts.state_flags import add_state_flags
 
 
 def main() -> None:
@@ -49,8 +49,8 @@ def main() -> None:
         window_pattern=flags.window_pattern, deterministic=flags.deterministic, update_early=flags.update_early,
         state_dtype=flags.state_dtype, master_weights=flags.master_weights,
     )  # fmt: skip
-    where, formats = device(flags.gpu), state_formats(flags)
-    ways = choices(where, flags.precision, flags.recipe, formats, flags.recompute_mlp)
+    where = device(flags.gpu)
+    ways = choices(where, config, flags.precision, flags.recipe, flags.recompute_mlp)
     rows = [plan(where, config, way, flags.vocab_size, flags.device_batch_size, flags.attention) for way in ways]
     print("\n".join(report(where, config, rows, flags.tokens)))
 

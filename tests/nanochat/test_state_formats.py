@@ -18,12 +18,12 @@ from nanochat.errors import BadInput
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import World
 from nanochat.param_groups import groups, ownership
-from nanochat.state_formats import AUTO, StateFormats, parse_formats
+from nanochat.state_formats import NANOCHAT, SMALL, StateFormats, default_formats, parse_formats
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Run, train
 from nanochat.train_config import TrainConfig
 from nvfp8 import hardware
-from nvfp8.precision import bf16, fp32, te
+from nvfp8.precision import bf16, fp8, fp32, te
 from nvfp8.recipe import RECIPES
 from nvfp8.state import codec_of, read_weight
 from scripts.base_train import _parser
@@ -33,16 +33,30 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def test_one_format_is_for_all_states_and_pairs_are_for_those_they_name() -> None:
-    assert parse_formats("auto", "auto") == AUTO == StateFormats()
-    assert parse_formats("e4m3", "bf16+8") == StateFormats("e4m3", "e4m3", "e4m3", "bf16+8")
-    assert parse_formats("exp_avg=e5m2,momentum=bf16", "auto") == StateFormats(exp_avg="e5m2", momentum="bf16")
-    assert parse_formats("exp_avg=auto,exp_avg_sq=fp32", "fp32") == StateFormats(exp_avg_sq="fp32", master="fp32")
+    for auto in (NANOCHAT, SMALL):
+        assert parse_formats("auto", "auto", auto) == auto
+        assert parse_formats("nanochat", "fp32", auto) == StateFormats(master="fp32")
+        assert parse_formats("e4m3", "bf16+8", auto) == StateFormats("e4m3", "e4m3", "e4m3", "bf16+8") == SMALL
+        assert parse_formats("fp32", "auto", auto) == StateFormats("fp32", "fp32", "fp32", auto.master)
+        named = parse_formats("exp_avg=e5m2,momentum=bf16", "auto", auto)
+        assert named == StateFormats("e5m2", auto.exp_avg_sq, "bf16", auto.master)
+        named = parse_formats("exp_avg=auto,exp_avg_sq=nanochat", "fp32", auto)
+        assert named == StateFormats(auto.exp_avg, None, auto.momentum, "fp32")
+
+
+def test_what_auto_is_goes_by_the_precision() -> None:
+    own = fp8(RECIPES["delayed"], emulated=True)
+    for precision in (fp32(), bf16(), te(RECIPES["delayed"])):
+        assert default_formats(precision) == TrainConfig().formats(precision) == NANOCHAT
+    assert default_formats(own) == TrainConfig().formats(own) == SMALL and SMALL.stored_by(own, "cpu") == own
+    assert default_formats(own, "te-bf16") == TrainConfig(adamw="te-bf16").formats(own) == NANOCHAT
+    assert TrainConfig(state_dtype="nanochat", master_weights="fp32").formats(own) == StateFormats(master="fp32")
 
 
 @pytest.mark.parametrize(
     ("state", "master", "message"),
     [
-        ("fp9", "auto", "there is no 'fp9'; formats are auto, fp32, bf16, e4m3, e5m2"),
+        ("fp9", "auto", "there is no 'fp9'; formats are auto, nanochat, fp32, bf16, e4m3, e5m2"),
         ("exp_avg=", "auto", "there is no ''"),
         ("exp_avg=e4m3,e5m2", "auto", "give one format for all, or pairs as in"),
         ("momentum=e4m3,momentum=fp32", "auto", "at most once"),
@@ -59,7 +73,7 @@ def test_what_does_not_exist_is_refused_in_one_line(state: str, master: str, mes
 def test_masters_decide_how_a_precision_stores_matrices() -> None:
     engine, quantized = te(RECIPES["delayed"]), te(RECIPES["delayed"], weights="fp8")
     for precision in (fp32(), bf16(), engine, quantized):
-        assert AUTO.stored_by(precision, "cpu") == precision == StateFormats(master="fp32").stored_by(precision, "cpu")
+        assert NANOCHAT.stored_by(precision, "cpu") == precision == StateFormats(master="fp32").stored_by(precision, "cpu")
     for kept in ("bf16", "bf16+8", "bf16+16"):
         formats = StateFormats(master=kept)
         assert formats.stored_by(bf16(), "cpu") == replace(bf16(), matrix_dtype=torch.bfloat16)
@@ -102,10 +116,10 @@ def test_state_of_d24_takes_what_the_documents_say() -> None:
             each[optimizer.kind] = held / sum(p.numel() for p in parameters)
         return state / 2**30, beside / 2**30, each
 
-    state, beside, each = sizes(parse_formats("e4m3", "bf16+8"))
+    state, beside, each = sizes(SMALL)
     assert state <= 2.05 and beside == pytest.approx(0.68, abs=0.01)
     assert each["muon"] <= 6.1 and each["adamw"] <= 7.1
-    assert sizes(AUTO)[0] == pytest.approx(5.35, abs=0.01) and sizes(AUTO)[1] == 0
+    assert sizes(NANOCHAT)[0] == pytest.approx(5.35, abs=0.01) and sizes(NANOCHAT)[1] == 0
     assert state == pytest.approx(2.01, abs=0.01)
 
 
@@ -313,4 +327,4 @@ def test_two_ranks_and_one_store_the_same_and_go_on_from_each_other(
 def test_flags_are_those_of_the_configuration() -> None:
     args = _parser().parse_args(["--state-dtype", "e5m2", "--master-weights", "bf16", "--update-early"])
     assert (args.state_dtype, args.master_weights, args.update_early) == ("e5m2", "bf16", True)
-    assert TrainConfig(**vars(args)).formats == StateFormats("e5m2", "e5m2", "e5m2", "bf16")
+    assert TrainConfig(**vars(args)).formats(bf16()) == StateFormats("e5m2", "e5m2", "e5m2", "bf16")
