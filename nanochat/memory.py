@@ -22,7 +22,6 @@ What is predicted is `torch.cuda.max_memory_allocated()`. A process takes more: 
 allocator reserves and cannot use (`nanochat/planner.py` adds both before it says what fits).
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from nanochat.optimizer import NamedOptimizer
 from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import NANOCHAT, StateFormats
 from nanochat.train_config import TrainConfig
-from nvfp8.polar_express import fastest_products, room
+from nvfp8.polar_express import fastest_products, room, together
 from nvfp8.precision import Precision, TEPrecision
 
 GIB = 2**30
@@ -204,9 +203,9 @@ class Counted:
         found = []
         for shape, count in shapes.items():
             rows, columns = shape
-            one = room(rows, columns, dtype, self.products(shape))
-            size = math.ceil(count / math.ceil(count / max(1, self.muon.workspace // one)))
-            found.append((size * rows * columns, size * one))
+            how = rows, columns, dtype, self.products(shape)
+            size = together(count, self.muon.workspace, *how)
+            found.append((size * rows * columns, size * room(*how)))
         return found
 
 

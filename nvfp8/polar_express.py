@@ -59,6 +59,7 @@ Of a 1536 × 1536 matrix, with the largest singular value in fp64:
 | all equal | 0.924 | 0.0354, 2.1 % | 0.0035, 0.3 % | 0.0017, 0.2 % |
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -81,6 +82,8 @@ RESTARTS = (2, 3)  # steps of the Gram form after which X follows
 # is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
 LIFT = 32.0
 SMALL = 32  # the longer side up to which a matrix is kept in registers for all of its steps
+# Tiles of symmetric products that run at once: 132 multiprocessors of an H100 or H200 have two each (`nvfp8/kernels/symmetric.py`).
+TILE, ROUND = 128, 264
 SMALLEST = 768  # short side from which another way than "full" is taken: below it no symmetric product was measured
 
 
@@ -116,6 +119,25 @@ def room(rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
     """Bytes that `polar_express` works in for one matrix, x itself included: two of X, and two or four of its Gram matrix."""
     short = min(rows, columns)
     return dtype.itemsize * (2 * rows * columns + (4 if products == "gram" else 2) * short * short)
+
+
+def together(count: int, bytes_: int, rows: int, columns: int, dtype: torch.dtype, products: str) -> int:
+    """How many of `count` matrices to take at once, of `room` for no more than `bytes_`, but for one at least.
+
+    Tiles of symmetric products run in rounds, of which a launch's last may be nearly empty: those of eight 1536 × 6144 matrices
+    fill 2.4. So where there are such products it is the number that makes the fewest rounds of all matrices, the largest of them:
+    9 + 9 + 6 take 3 + 3 + 2 rounds, 8 + 8 + 8 nine. Elsewhere parts come out nearly equal.
+    """
+    most = min(count, max(1, bytes_ // room(rows, columns, dtype, products)))
+    parts = math.ceil(count / most)
+    if products not in ("half", "gram"):
+        return math.ceil(count / parts)
+    blocks = math.ceil(min(rows, columns) / TILE)
+
+    def rounds(matrices: int) -> int:
+        return math.ceil(matrices * blocks * (blocks + 1) / 2 / ROUND)
+
+    return min(range(most, 0, -1), key=lambda n: count // n * rounds(n) + rounds(count % n))
 
 
 def polar_express(x: Tensor, products: str, scale: Tensor | None = None) -> Tensor:

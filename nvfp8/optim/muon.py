@@ -28,8 +28,8 @@ square matrices, "gram" for 1:4).
 
 What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as
 e4m3 with bf16+8, 0.65 GiB as e4m3 with bf16. The workspace is bounded by 0.5 GiB, a quarter of what an FP8 momentum saves there
-(1.9 GiB). A chunk takes, for each matrix of d24, square and 1:4: by "full" and "half" products 18 and 45 MiB (28 and 11 matrices
-a chunk), by "gram" 27 and 54 MiB (18 and 9).
+(1.9 GiB). A chunk takes, for each matrix of d24, square and 1:4: by "full" and "half" products 18 and 45 MiB, by "gram" 27 and 54
+MiB. So there is room for 28 and 9 matrices a chunk; 27 and 9 are taken (`polar_express.together`).
 """
 
 import math
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from nvfp8.ops import ops
 from nvfp8.optim.stored import StoredOptimizer
-from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.polar_express import fastest_products, polar_express, together
 from nvfp8.reference_optim import Copies
 from nvfp8.state import Master, Stored
 
@@ -191,10 +191,9 @@ class Muon(StoredOptimizer):
         ]
 
     def _chunk(self, stack: _Stack) -> int:
-        """Return how many matrices of a stack go through Polar Express at once; chunks come out nearly equal."""
+        """Return how many matrices of a stack go through Polar Express at once."""
         n, r, c = stack.momentum.data.shape
-        chunks = math.ceil(n / max(1, self.workspace // room(r, c, self.compute_dtype, self._products(stack))))
-        return math.ceil(n / chunks)
+        return together(n, self.workspace, r, c, self.compute_dtype, self._products(stack))
 
     def _products(self, stack: _Stack) -> str:
         """How Polar Express is computed for a stack."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nvfp8 import polar_express as module
-from nvfp8.polar_express import fastest_products, polar_express, room
+from nvfp8.polar_express import fastest_products, polar_express, room, together
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = ["full", "half", "gram"]
@@ -137,3 +137,20 @@ def test_no_more_memory_than_said(products: str, shape: tuple[int, int, int], mo
 )  # fmt: skip
 def test_the_way_for_a_shape(shape: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int] | None, way: str) -> None:
     assert fastest_products(*shape, dtype, capability) == way
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "products", "gib", "size"),
+    [
+        (96, (1536, 1536), "half", 0.5, 27),  # 8 + 8 + 8 + 5 rounds; 24 at once take 8 four times, the 28 that fit 9 + 9 + 9 + 4
+        (24, (6144, 1536), "gram", 0.5, 9),  # 3 + 3 + 2
+        (24, (1536, 6144), "gram", 1.5, 24),  # 8
+        (48, (768, 768), "half", 0.5, 48),
+        (96, (1536, 1536), "full", 0.5, 24),  # 28 fit
+        (24, (6144, 1536), "gram", 0.01, 1),
+    ],
+)
+def test_what_goes_together_fills_rounds_of_tiles(count: int, shape: tuple[int, int], products: str, gib: float, size: int) -> None:
+    found = together(count, int(gib * 2**30), *shape, torch.bfloat16, products)
+    assert found == size
+    assert found == 1 or found * room(*shape, torch.bfloat16, products) <= gib * 2**30
