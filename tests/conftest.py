@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Looked at once, at the process's first GEMM: runs that ask for --deterministic must not depend on the tests before them.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import forked
 import pytest
 import torch
 from torch.utils._device import _device_constructors
@@ -55,18 +55,16 @@ def free_port() -> Callable[[], str]:
 
 
 @pytest.fixture
-def two_ranks(free_port: Callable[[], str]) -> Iterator[Callable[..., list["subprocess.Popen[str]"]]]:
+def two_ranks(free_port: Callable[[], str]) -> Iterator[Callable[..., list[Any]]]:
     """Start `python <arguments>` twice, as torchrun would start its ranks; what still runs after the test is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[subprocess.Popen[str] | forked.Forked] = []
 
-    def start(*arguments: str) -> list["subprocess.Popen[str]"]:
+    def start(*arguments: str) -> list[subprocess.Popen[str] | forked.Forked]:
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         common["PYTHONPATH"] = str(Path(__file__).parents[1])
         for rank in ("0", "1"):
             environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-            command = [sys.executable, *arguments]
-            pipe = subprocess.PIPE
-            started.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+            started.append(forked.start(arguments, environment))
         return started[-2:]
 
     yield start
