@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from benchmarks.quality import arm
 from nanochat.train_config import TrainConfig
@@ -197,3 +199,11 @@ def test_nanochats_flags_and_defaults_are_ours() -> None:
     words = "--depth=24 --target-param-data-ratio=8 --device-batch-size=16 --fp8 --fp8-recipe=rowwise --run=name --save-every=-1"
     config = TrainConfig(**vars(begin("scripts.base_train", words.split())[0]))
     assert (config.depth, config.device_batch_size, config.precision, config.recipe) == (24, 16, "fp8", "rowwise")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU every test that reads what a program says starts it like this")
+def test_a_python_that_is_just_started_imports_all_programs_and_says_nothing() -> None:
+    """What tests fork (tests/nvfp8/forked.py) has imported already, and does not end as a Python does."""
+    command = [sys.executable, "-c", f"import {', '.join(PROGRAMS)}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

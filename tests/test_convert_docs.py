@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -21,14 +20,13 @@ def test_there_are_three_examples_with_their_output() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the output shown is a CPU's")
 @pytest.mark.parametrize("example", [0, 1, 2], ids=["torch.nn", "transformers", "optimizers"])
-def test_an_example_prints_what_is_shown(example: int, tmp_path: Path) -> None:
+def test_an_example_prints_what_is_shown(example: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables word for word; a loss to what another processor's sums may make of it after some steps."""
     (_, code), (_, shown) = BLOCKS[2 * example : 2 * example + 2]
     if "transformers" in code and find_spec("transformers") is None:
         pytest.skip("transformers is not installed: pip install -e '.[dev]'")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    monkeypatch.chdir(tmp_path)
+    run = forked.run(["-c", code], os.environ)
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line.partition(": loss ") for line in run.stdout.splitlines()]
     expected = [line.partition(": loss ") for line in shown.splitlines()]

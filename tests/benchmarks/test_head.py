@@ -2,16 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
 from benchmarks.head import HEADS
 from nvfp8.recipe import GEMMS, parse_recipe
 
-COMMAND = [sys.executable, "-m", "benchmarks.head", "--repeats", "2"]
+COMMAND = ["-m", "benchmarks.head", "--repeats", "2"]
 
 
 def test_each_head_leaves_in_bf16_what_its_name_says() -> None:
@@ -22,14 +21,14 @@ def test_each_head_leaves_in_bf16_what_its_name_says() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: this times FP8 GEMMs, and torch finds no CUDA device that has them (8.9 or newer)\n"
 
 
 @pytest.mark.gpu
 def test_both_heads_are_timed_beside_their_floor() -> None:
-    done = subprocess.run([*COMMAND, "--depths", "12", "24"], capture_output=True, text=True, env=os.environ)
+    done = forked.run([*COMMAND, "--depths", "12", "24"], os.environ)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["depth"], row["head"]) for row in rows] == [(d, h) for d in (12, 24) for h in ("floor", "bf16", "fp8")]

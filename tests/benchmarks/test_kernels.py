@@ -1,15 +1,14 @@
 """The benchmark of kernels counts the bytes there are, and on a machine without a GPU says why it measures nothing."""
 
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
 from benchmarks.kernels import GATE, HEAD, Case, cases
 
-COMMAND = [sys.executable, "-m", "benchmarks.kernels", "--tokens", "256", "--width", "256", "--repeats", "2"]
+COMMAND = ["-m", "benchmarks.kernels", "--tokens", "256", "--width", "256", "--repeats", "2"]
 
 # Bytes an element of the stream, (tokens, width), bf16: what the kernels' docstrings say
 ELEMENT = {
@@ -73,14 +72,14 @@ def test_no_case_is_uncounted(counted: dict[str, tuple[Case, int]]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: kernels are timed on a GPU, and torch finds no CUDA device\n"
 
 
 @pytest.mark.gpu
 def test_every_kernel_is_a_line() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ELEMENT) + 2  # two GEMMs, promoted too

@@ -1,16 +1,15 @@
 """The benchmark of Polar Express counts what there is, and on a machine without a GPU says why it measures nothing."""
 
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
 from benchmarks.muon import WAYS, shapes, ways
 from nanochat.roofline import polar_flops
 
-COMMAND = [sys.executable, "-m", "benchmarks.muon", "--depth", "2", "--repeats", "2"]
+COMMAND = ["-m", "benchmarks.muon", "--depth", "2", "--repeats", "2"]
 
 
 def test_d24_has_the_matrices_and_the_operations_that_the_docstrings_say() -> None:
@@ -22,13 +21,13 @@ def test_d24_has_the_matrices_and_the_operations_that_the_docstrings_say() -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Polar Express is timed on a GPU, and torch finds no CUDA device\n"
 
 
 @pytest.mark.gpu
 def test_every_shape_is_timed_in_every_way() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3 + sum(len(ways(*shape)) for shape in shapes(2))

@@ -2,21 +2,20 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
 from benchmarks import optimizer, optimizer_peers
 from nanochat.adamw import AdamW
 
-COMMAND = [sys.executable, "-m", "benchmarks.optimizer", "--depth", "2", "--steps", "2"]
+COMMAND = ["-m", "benchmarks.optimizer", "--depth", "2", "--steps", "2"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: the optimizers are timed on a GPU, and torch finds no CUDA device\n"
 
@@ -33,18 +32,18 @@ def test_the_bytes_of_a_step_are_counted_by_hand() -> None:
         assert optimizer_peers.bytes_moved(f"ours e4m3, {master} masters", [p], state) == optimizer.bytes_moved(adamw)
 
 
-PEERS = [sys.executable, "-m", "benchmarks.optimizer_peers", "--rows", "512", "--width", "256", "--tensors", "2", "--repeats", "2"]
+PEERS = ["-m", "benchmarks.optimizer_peers", "--rows", "512", "--width", "256", "--tensors", "2", "--repeats", "2"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_peers_need_a_gpu_too() -> None:
-    done = subprocess.run(PEERS, capture_output=True, text=True, env=os.environ)
+    done = forked.run(PEERS, os.environ)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.gpu
 def test_every_peer_is_a_line_and_a_missing_one_says_so() -> None:
-    done = subprocess.run(PEERS, capture_output=True, text=True, env=os.environ)
+    done = forked.run(PEERS, os.environ)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len({line["adamw"] for line in lines}) == len(lines) == 14
@@ -55,7 +54,7 @@ def test_every_peer_is_a_line_and_a_missing_one_says_so() -> None:
 
 @pytest.mark.gpu
 def test_a_small_model_is_timed() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env=os.environ)
+    done = forked.run(COMMAND, os.environ)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for kind in ("muon", "adamw"):
@@ -63,7 +62,7 @@ def test_a_small_model_is_timed() -> None:
         assert 2 < result[f"{kind}_parameter_bytes"] < 17
     assert result["adamw_of_copy"] > 0  # more than 1 where all fits into the cache
     assert 0 < result["step_host_ms"] <= result["step_ms"] and result["step_gpu_ms"] > 0
-    done = subprocess.run([*COMMAND, "--precision", "fp8"], capture_output=True, text=True, env=os.environ)
+    done = forked.run([*COMMAND, "--precision", "fp8"], os.environ)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert all(result[f"{kind}_gpu_ms_{way}_copies"] > 0 for kind in ("muon", "adamw") for way in ("with", "without"))

@@ -3,9 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 import threading
 
+import forked
 import pytest
 import torch
 
@@ -83,7 +83,7 @@ def test_no_run_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line() -> None:
-    command = [sys.executable, "-m", "benchmarks.quality", "reference="]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    command = ["-m", "benchmarks.quality", "reference="]
+    done = forked.run(command, os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: these runs take hours on a CPU, and torch finds no CUDA device\n"

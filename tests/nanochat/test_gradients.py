@@ -25,7 +25,12 @@ def norm(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype))
+    weight = weight.to(x.dtype)
+    if x.is_cuda or x.dtype == torch.float32:
+        return F.linear(x, weight)
+    # Products in bf16 take a CPU so much longer (`nvfp8/matmul.py`). Of widened operands they are rounded once as well, in backward
+    # too: there a gradient becomes bf16 where its tensor was widened.
+    return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -86,14 +87,6 @@ def tensors(step: int, tag: str = "tiny") -> dict[str, torch.Tensor]:
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def command(config: TrainConfig, *, ranks: int = 1) -> list[str]:
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29571", "-m"]
-        return [*start, "scripts.base_train", "--", *flags(config)]  # else torchrun takes --run for one of its own
-    return [*start, "scripts.base_train", *flags(config)]
 
 
 def test_a_run_learns_and_leaves_what_it_promises(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,14 +170,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_skipped(config: TrainConfig, c
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_and_the_run_goes_on(config: TrainConfig, number: signal.Signals) -> None:
     config = replace(config, num_iterations=5000, eval_every=-1)
-    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = forked.start(["-m", "scripts.base_train", *flags(config)], os.environ)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 0003"):
             process.send_signal(number)
             break
-    rest = process.stdout.read()
-    assert process.wait(60) == 128 + number
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
     saved = checkpoint.find(runs() / "tiny")
     assert f"stopped by {number.name}: step {saved.step} is saved" in rest and saved.step >= 4
     train(replace(config, resume=True, num_iterations=saved.step + 2))
@@ -310,7 +303,9 @@ def test_two_ranks_give_the_losses_of_one(config: TrainConfig) -> None:
     tolerance = 1e-2 if torch.cuda.is_available() else 1e-5
     train(config)
     other = replace(config, model_tag="two", save_every=4)
-    subprocess.run(command(other, ranks=2), check=True, env=os.environ, stdout=subprocess.DEVNULL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+    command = [*torchrun, "-m", "scripts.base_train", "--", *flags(other)]  # else torchrun takes --run for one of its own
+    subprocess.run(command, check=True, env=os.environ, stdout=subprocess.DEVNULL)
     assert losses("two") == pytest.approx(losses(), rel=tolerance)
     # Another number of ranks goes on from its checkpoint.
     (runs() / "two" / "step_000008").rename(runs() / "away")
@@ -387,6 +382,6 @@ def test_resuming_with_another_shape_or_tokenizer_is_refused(config: TrainConfig
     ],
 )
 def test_the_command_line_refuses_in_one_line_with_status_2(arguments: list[str], message: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *arguments], capture_output=True, text=True, env=os.environ)
+    done = forked.run(["-m", "scripts.base_train", *arguments], os.environ)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1

@@ -1,10 +1,11 @@
 """The command that converts checkpoints: there and back, and what it refuses."""
 
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -130,6 +131,6 @@ def test_a_checkpoint_of_something_else_is_not_exported(tmp_path: Path, convert:
 
 
 def test_it_runs_as_a_module() -> None:
-    ended = subprocess.run([sys.executable, "-m", "scripts.convert", "--help"], cwd=ROOT, capture_output=True, text=True)
+    ended = forked.run(["-m", "scripts.convert", "--help"], os.environ)
     assert ended.returncode == 0
     assert "python -m scripts.convert" in ended.stdout
