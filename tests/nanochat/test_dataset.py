@@ -280,7 +280,7 @@ def test_pieces_of_a_file_stay_in_one_split() -> None:
     """A held-out file contributes nothing to training, whatever its length."""
     library = resolve("python")
     train, val = set(library.documents("train")), set(library.documents("val"))
-    assert max(map(len, val)) > 4_000 and len(val) > 40
+    assert max(map(len, val)) > 4_000 and len(val) > len(train) / 100  # one file in 50 is held out
     long_files = [path.read_text() for path in library.files if path.name in ("argparse.py", "ast.py", "bdb.py")]
     for text in long_files:
         assert len({piece in train for piece in pieces(text)}) == 1
