@@ -128,8 +128,7 @@ def parse_formats(state_dtype: str, master_weights: str, auto: StateFormats) -> 
             raise BadInput(
                 f"--state-dtype {state_dtype}: there is no {form!r}; formats are auto, nanochat, {', '.join(STATE_DTYPES)}"
             )
-        if form != "auto":
-            chosen[name] = None if form == "nanochat" else form
+        chosen[name] = getattr(auto, name) if form == "auto" else None if form == "nanochat" else form
     if master_weights not in ("auto", *MASTERS):
         raise BadInput(f"--master-weights {master_weights}: there are auto, {', '.join(MASTERS)}")
     if master_weights != "auto":

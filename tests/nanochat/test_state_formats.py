@@ -60,6 +60,7 @@ def test_what_auto_is_goes_by_the_precision() -> None:
         ("exp_avg=", "auto", "there is no ''"),
         ("exp_avg=e4m3,e5m2", "auto", "give one format for all, or pairs as in"),
         ("momentum=e4m3,momentum=fp32", "auto", "at most once"),
+        ("momentum=auto,momentum=fp32", "auto", "at most once"),
         ("velocity=e4m3", "auto", "each of exp_avg, exp_avg_sq, momentum"),
         ("e4m3", "bf16+4", "there are auto, fp32, bf16, bf16\\+8, bf16\\+16"),
     ],
