@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -221,6 +222,15 @@ def test_the_readme_shows_the_files_there_are() -> None:
 def test_what_belongs_in_the_tree_is_more_than_the_packages() -> None:
     wanted = {"benchmarks/steps.csv", "docs/log.md", "tests/nanochat/", "tests/test_repository.py", "nvfp8/ops.py"}
     assert wanted <= belongs_in_the_tree()
+
+
+def test_nothing_was_left_in_the_root() -> None:
+    """What runs and examples write there, and a careless `git add` takes along."""
+    listed = subprocess.run(["git", "ls-files", ":(glob)*"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    known = {".gitignore", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
+    assert set(listed.stdout.splitlines()) == known
 
 
 def test_the_check_of_the_readme_reads_a_tree() -> None:
