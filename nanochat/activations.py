@@ -20,6 +20,7 @@ source of a library, the comment says which. Units: x is one tensor of the strea
 from dataclasses import dataclass
 
 from nanochat.gpt import GATE_CHANNELS, GPTConfig
+from nvfp8.fp8_head import PARTS
 from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS, Recipe
@@ -161,10 +162,9 @@ def head(precision: Precision, batch: MicroBatch) -> Head:
 
 
 def _fp8_head(precision: FP8Precision, batch: MicroBatch) -> Head:
-    """`nvfp8.fp8_head`, inside the last but one chunk's kernel: with the last, dW's sum would be as large and its logits fewer."""
+    """`nvfp8.fp8_head`, inside the loss's kernel of any chunk but the first."""
     shape, weight = batch.shape, batch.shape.padded_vocab * batch.shape.n_embd
     chunk = min(CHUNK_BYTES, batch.tokens * shape.padded_vocab)  # logits of a chunk; a byte each in either layout of their gradient
-    several = batch.tokens * shape.padded_vocab > CHUNK_BYTES
     layouts = len({"dgrad", "wgrad"} - precision.head_in_bf16)
     return Head(
         "forward of the head",
@@ -173,8 +173,7 @@ def _fp8_head(precision: FP8Precision, batch: MicroBatch) -> Head:
             "head: its input and dx": 2 * batch.x,
             "head: its input in FP8, a chunk": 2 * chunk / shape.padded_vocab * shape.n_embd,
             "head: a chunk's gradient in FP8, by layouts": layouts * chunk,
-            # A quarter of the chunk's rows have logits in bf16; they are gone when its dW is there, which is then added.
-            "head: logits of a quarter, or the chunk's dW in fp32": max(chunk / 2, 4 * weight if several else 0),
+            "head: logits of a part of the chunk": 2 * chunk / PARTS,  # bf16
             "head: dW in fp32": weight * 4,
         },
     )

@@ -41,7 +41,7 @@ from nanochat.param_groups import groups, ownership
 from nanochat.state_formats import NANOCHAT, StateFormats
 from nanochat.train_config import TrainConfig
 from nvfp8.polar_express import fastest_products, room, together
-from nvfp8.precision import Precision, TEPrecision
+from nvfp8.precision import FP8Precision, Precision, TEPrecision
 
 GIB = 2**30
 # A cuBLAS workspace of torch's, from the same allocator: 8 buffers of 4 MiB from compute capability 9.0 on, else 2 of 4 MiB and 8
@@ -149,8 +149,14 @@ class Counted:
             **self._by_group("weights", lambda name, p: p.nbytes),
             "FP8 copies of weights, both layouts": self._fp8_copies(),
             **self.states,
-            "cuBLAS's workspaces": 2 * _CUBLAS[hopper] + (_TE_CUBLAS[hopper] if te else 0),
+            "cuBLAS's workspaces": 2 * self._workspace_of_torch() + (_TE_CUBLAS[hopper] if te else 0),
         }
+
+    def _workspace_of_torch(self) -> int:
+        """A workspace of PyTorch's cuBLAS; 0 where a step has FP8 GEMMs alone, of which only some take one, and for a moment."""
+        precision = self.setup.precision
+        alone = isinstance(precision, FP8Precision) and not precision.recipe.bf16 and not precision.head_in_bf16
+        return 0 if alone else _CUBLAS[self.setup.capability >= (9, 0)]
 
     def gradients(self) -> Bytes:
         """Gradients of all parameters, as they are summed."""
@@ -260,7 +266,7 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     if setup.graphs and not setup.captured_updates:  # then beside all that a micro-batch's worst moment takes, not in its place
         moments["the optimizer's step"] = _sum(max(moments.values(), key=lambda of: sum(of.values())), counted.workspace())
     if setup.graphs:
-        lasting["cuBLAS's workspaces"] += 2 * _CUBLAS[setup.capability >= (9, 0)]
+        lasting["cuBLAS's workspaces"] += 2 * counted._workspace_of_torch()
     lasting["token ids and their order"] = 6 * 8 * batch.tokens  # two batches of inputs and targets, and the sorted positions
     return Prediction(lasting, moments)
 

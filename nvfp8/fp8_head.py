@@ -2,9 +2,9 @@
 
 `nvfp8/head.py` says why the loss is taken chunk by chunk. In FP8 a chunk has two buffers of CHUNK_BYTES, the gradient of its logits
 as it lies (for dx) and transposed (for dW), and half a one for logits in bf16: they exist only between a GEMM and the kernel behind
-it, so a quarter of the rows at a time is enough. With a vocabulary of 32,768 a chunk is 8,192 rows. Fewer would be slower: cuBLAS's
-FP8 GEMM cannot add to its output, so every chunk costs an fp32 product of dW's size and an addition, 16 bytes a weight; and dx of
-2,048 rows and 768 channels is 96 tiles of 128 × 128 for 132 multiprocessors. More would make the head the step's peak by more.
+it, so a quarter of the rows at a time is enough. With a vocabulary of 32,768 a chunk is 8,192 rows. Fewer would be slower: every
+chunk but the first reads dW in fp32 and writes it, 8 bytes a weight; and dx of 2,048 rows and 768 channels is 96 tiles of 128 × 128
+for 132 multiprocessors. More would make the head the step's peak by more.
 
     x̂ (E4M3) · W (E4M3) → logits in bf16 → loss, and (softmax − onehot)·(1 − tanh²) in E5M2 → dx, dW
 
@@ -31,6 +31,8 @@ from nvfp8.head import LinearCrossEntropy, chunk_rows, counted, scaled_gradients
 from nvfp8.matmul import add_matmul_, fp8_matmul, matmul
 from nvfp8.quantize import Projection
 from nvfp8.recipe import GEMMS, Recipe
+
+PARTS = 4  # of a chunk, whose logits exist one after the other
 
 
 class _Loss(torch.autograd.Function):
@@ -111,7 +113,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
         shape, dy = (len(x), len(weight)), projection.dy
         q = torch.empty(shape, dtype=dy.dtype, device=x.device) if in_fp8["dgrad"] and dx is not None else None
         q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device) if in_fp8["wgrad"] and dx is not None else None
-        for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // 4):
+        for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // PARTS):
             part = slice(start, start + rows)
             logits = matmul(x[part], weight.t()) if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
             if q is None and q_t is None:
@@ -134,7 +136,8 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             # Promoted to fp32 whatever the recipe says of dgrad: this one sums over the vocabulary.
             fp8_matmul(q, w.t, inverse, w.inverse, dx.dtype, False, emulated=projection.emulated, out=dx)
         if q_t is not None and x_t is not None:
-            fast = recipe.wgrad.fast_accumulation
-            product = fp8_matmul(q_t, x_t, inverse, site.inverse, torch.float32, fast, emulated=projection.emulated)
-            dw = product if dw is None else dw.add_(product)
+            dw = fp8_matmul(
+                q_t, x_t, inverse, site.inverse, torch.float32, recipe.wgrad.fast_accumulation, emulated=projection.emulated,
+                out=dw, add=dw is not None,
+            )  # fmt: skip
         return dw

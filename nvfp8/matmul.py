@@ -6,14 +6,15 @@ bits for nothing and costs a cast pass. PyTorch reaches the fp32 output through 
 On a CPU without instructions for narrow floats PyTorch takes 4 to 70 times as long over bf16 as over fp32 (an EPYC, one thread,
 256 × 256 × 768): there operands are widened, and the product is rounded once, as a GPU does it.
 
-FP8 operands take half the bytes and twice the rate. The tensor core multiplies codes; both scales are divided out of the sum.
-cuBLAS's FP8 GEMM cannot add to its output, so a gradient of a second micro-batch costs an addition: in bf16 8 bytes a weight (2
-that the GEMM writes, 2 + 2 read, 2 written), in fp32 16. At d24, 680 M weights in blocks, that is 1.5 ms or 3 ms of a
-micro-batch of some 250; layers here take bf16, as Transformer Engine does.
+FP8 operands take half the bytes and twice the rate. The tensor core multiplies codes; both scales are divided out of the sum. On a
+GPU they go to cuBLASLt (`nvfp8/cublaslt.py`), which can add a product to what is there: 8 bytes a weight for a further chunk's
+gradient in fp32, where a product and an addition move 16.
 """
 
 import torch
 from torch import Tensor
+
+from nvfp8 import cublaslt
 
 
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -68,7 +69,7 @@ def add_matmul_(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 def fp8_matmul(
     a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool, *, emulated: bool = False,
-    out: Tensor | None = None,
+    out: Tensor | None = None, add: bool = False,
 ) -> Tensor:  # fmt: skip
     """(a · a_inverse) · (b · b_inverse)ᵀ: a product of FP8 tensors, both contiguous along the summed axis ("TN").
 
@@ -81,6 +82,7 @@ def fp8_matmul(
         fast: sum in the tensor core's own 14 bits or so rather than promote to fp32 now and then; emulation never does.
         emulated: decode and multiply in fp32, as is done without a GPU in any case.
         out: (M, N) contiguous in `out_dtype`, written, or None for a new tensor.
+        add: whether the product is added to what stands in `out`, and rounded with it once.
 
     Returns:
         (M, N).
@@ -95,7 +97,9 @@ def fp8_matmul(
     if not (a.is_contiguous() and b.is_contiguous()):
         raise ValueError("both operands must be contiguous along the summed axis")
     if a.is_cuda and not emulated:
-        scales = {"scale_a": a_inverse, "scale_b": b_inverse}
-        return torch._scaled_mm(a, b.t(), **scales, out_dtype=out_dtype, use_fast_accum=fast, out=out)
-    product = (a.float() @ b.float().t() * (a_inverse * b_inverse)).to(out_dtype)
-    return product if out is None else out.copy_(product)
+        result = torch.empty(len(a), len(b), dtype=out_dtype, device=a.device) if out is None else out
+        return cublaslt.matmul(a, b.t(), result, c=result if add else None, scales=(a_inverse, b_inverse), fast=fast)
+    product = a.float() @ b.float().t() * (a_inverse * b_inverse)
+    if out is None:
+        return product.to(out_dtype)
+    return out.copy_(out.float() + product if add else product)
