@@ -153,9 +153,12 @@ class Counted:
         }
 
     def _workspace_of_torch(self) -> int:
-        """A workspace of PyTorch's cuBLAS; 0 where a step has FP8 GEMMs alone, of which only some take one, and for a moment."""
-        precision = self.setup.precision
-        alone = isinstance(precision, FP8Precision) and not precision.recipe.bf16 and not precision.head_in_bf16
+        """A workspace of PyTorch's cuBLAS; 0 where steps are of FP8 GEMMs alone, of which some take one for a moment.
+
+        Evaluation is bf16 there, too: 32 MiB from the first one on, which are not counted.
+        """
+        of = self.setup.precision
+        alone = isinstance(of, FP8Precision) and not (of.recipe.bf16 or of.head_in_bf16 or of.emulated)
         return 0 if alone else _CUBLAS[self.setup.capability >= (9, 0)]
 
     def gradients(self) -> Bytes:

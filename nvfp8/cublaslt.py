@@ -1,19 +1,23 @@
-"""cuBLASLt by its C interface: products in FP8 or fp16 by the fastest of its algorithms, which may add to what is there.
+"""cuBLASLt by its C interface: products in FP8, fp16 or bf16 by the fastest of its algorithms, which may add to what is there.
 
 PyTorch multiplies FP8 by the same library (`torch._scaled_mm`), but takes the one algorithm that the library thinks best, and
-none that adds to its result. On an H200 the best one is another for every second of our shapes: the logits' product takes 0.074 ms
-instead of 0.092, an output projection's 0.059 instead of 0.069, its weight gradient, which needs room to split its long sum, 0.064
-instead of 0.104 (docs/results.md). So the first time that a product of some shape is asked for, all algorithms that the library
-proposes are timed on it, some 20 ms; from then on the fastest is called.
+none that adds to its result. By time another one is best for half of our shapes, by 5 to 40 % (docs/results.md, "The library's
+algorithms"). So the first time that a product of some shape is asked for, all algorithms that the library proposes are timed on it,
+some 20 ms; from then on the fastest is called.
 
-Which one that is may differ between two runs, and with it how a sum is rounded. Under `torch.use_deterministic_algorithms` the
-library's own first choice is taken; so it is while a CUDA graph is captured, when nothing can be timed, unless the shape was met
-before.
+Which one that is may differ between two processes, and with it how a sum is rounded. The library's own first choice is taken
+
+* under `torch.use_deterministic_algorithms`,
+* where a caller says that several processes must compute the same (`alike`),
+* where nothing can be timed: for a shape that is met first while a CUDA graph is captured, or inside `untimed`,
+* and beyond the first TIMED shapes: where lengths vary freely, timing would never end.
 """
 
+import contextlib
 import ctypes
-import statistics
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+import weakref
+from collections.abc import Iterator
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -24,14 +28,16 @@ from torch import Tensor
 WORKSPACE = 32 * 2**20  # bytes that an algorithm may take: what NVIDIA recommends for Hopper
 ALGORITHMS = 16  # to ask for; the library proposes 8 for our shapes
 ROUNDS, CALLS = 3, 4  # an algorithm is timed so often, so many calls each time
+TIMED, KEPT = 64, 256  # shapes that are timed, and that are remembered, those among them: a model has some 20
 
-# Numbers out of cublasLt.h, cublas_api.h and library_types.h of CUDA 12 and 13.
+# Numbers out of cublasLt.h, cublas_api.h and library_types.h, the same in CUDA 12 and 13.
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 _COMPUTE_32F = 68
 _TRANSPOSE_A, _TRANSPOSE_B, _A_SCALE, _B_SCALE, _FAST_ACCUMULATION = 3, 4, 17, 18, 25  # of a product
 _BATCH, _BATCH_STRIDE = 5, 6  # of a matrix
-_MOST_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference
+_MOST_WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference; alignments of A, B, C, D
 _IN_COMPUTE_TYPE = 2  # parts of a split sum are added in fp32, in one order
+_NOT_SUPPORTED = 15
 
 
 class _Algorithm(ctypes.Structure):
@@ -53,14 +59,14 @@ def _library() -> Any:
     except OSError as error:
         raise RuntimeError(f"{name}, which PyTorch {torch.__version__} is made for, is not there: reinstall PyTorch") from error
     pointer = c_void_p
+    numbers: dict[str, list[Any]] = {
+        "MatmulDesc": [c_int, c_int], "MatrixLayout": [c_int, c_uint64, c_uint64, c_int64], "MatmulPreference": [],
+    }  # fmt: skip
+    for kind, given in numbers.items():
+        getattr(library, f"cublasLt{kind}Create").argtypes = [pointer, *given]
+        getattr(library, f"cublasLt{kind}SetAttribute").argtypes = [pointer, c_int, pointer, c_size_t]
+        getattr(library, f"cublasLt{kind}Destroy").argtypes = [pointer]
     library.cublasLtCreate.argtypes = [pointer]
-    library.cublasLtMatmulDescCreate.argtypes = [pointer, c_int, c_int]
-    library.cublasLtMatmulDescSetAttribute.argtypes = [pointer, c_int, pointer, c_size_t]
-    library.cublasLtMatrixLayoutCreate.argtypes = [pointer, c_int, c_uint64, c_uint64, c_int64]
-    library.cublasLtMatrixLayoutSetAttribute.argtypes = [pointer, c_int, pointer, c_size_t]
-    library.cublasLtMatmulPreferenceCreate.argtypes = [pointer]
-    library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, c_int, pointer, c_size_t]
-    library.cublasLtMatmulPreferenceDestroy.argtypes = [pointer]
     library.cublasLtMatmulAlgoGetHeuristic.argtypes = [*[pointer] * 7, c_int, pointer, pointer]
     library.cublasLtMatmul.argtypes = [*[pointer] * 14, c_size_t, pointer]
     return library
@@ -72,6 +78,18 @@ def _call(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name} of cuBLASLt failed with status {status}")
 
 
+class _Described:
+    """Something that the library makes, of which attributes are set, and that is destroyed with this."""
+
+    def __init__(self, kind: str, *arguments: Any):
+        self.kind, self.handle = kind, c_void_p()
+        _call(f"cublasLt{kind}Create", byref(self.handle), *arguments)
+        weakref.finalize(self, getattr(_library(), f"cublasLt{kind}Destroy"), self.handle).atexit = False
+
+    def set(self, which: int, value: Any) -> None:
+        _call(f"cublasLt{self.kind}SetAttribute", self.handle, which, byref(value), ctypes.sizeof(value))
+
+
 @cache
 def _handle(device: int) -> c_void_p:
     handle = c_void_p()
@@ -80,23 +98,33 @@ def _handle(device: int) -> c_void_p:
     return handle
 
 
-def _layout(x: Tensor) -> tuple[c_void_p, bool]:
-    """The library's description of a matrix or a batch of them, and whether its columns are what is contiguous."""
-    by_columns = x.stride(-1) != 1
+def _by_columns(x: Tensor) -> bool:
+    """Whether the columns of a matrix, or of all of a batch, are contiguous rather than its rows.
+
+    Raises:
+        ValueError: neither are.
+    """
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return False
+    if x.stride(-2) == 1 or x.shape[-2] == 1:
+        return True
+    raise ValueError(f"rows or columns of a {tuple(x.shape)} must be contiguous, not {x.stride()}")
+
+
+def _layout(x: Tensor) -> _Described:
+    by_columns = _by_columns(x)
     across, along = (x.shape[-1], x.shape[-2]) if by_columns else (x.shape[-2], x.shape[-1])
-    line = x.stride(-1) if by_columns else x.stride(-2)
-    assert not by_columns or x.stride(-2) == 1, "rows or columns are contiguous"
-    layout = c_void_p()
-    _call("cublasLtMatrixLayoutCreate", byref(layout), _TYPES[x.dtype], along, across, line)
+    line = along if across == 1 else x.stride(-1) if by_columns else x.stride(-2)  # of a single one PyTorch may say anything
+    layout = _Described("MatrixLayout", _TYPES[x.dtype], along, across, line)
     if x.ndim == 3:
-        for which, value in ((_BATCH, c_int32(len(x))), (_BATCH_STRIDE, c_int64(x.stride(0)))):
-            _call("cublasLtMatrixLayoutSetAttribute", layout, which, byref(value), ctypes.sizeof(value))
-    return layout, by_columns
+        layout.set(_BATCH, c_int32(len(x)))
+        layout.set(_BATCH_STRIDE, c_int64(x.stride(0)))
+    return layout
 
 
-def _alignment(x: Tensor) -> int:
-    """The largest power of two up to 256 that divides its address."""
-    return min(256, x.data_ptr() & -x.data_ptr())
+def _alignment(*tensors: Tensor) -> int:
+    """The largest power of two up to 256 that divides all addresses."""
+    return min(256, *(t.data_ptr() & -t.data_ptr() for t in tensors))
 
 
 class _Product:
@@ -105,59 +133,52 @@ class _Product:
     The library counts by columns: what it calls A is `right`, B is `left`, and C and D are out, all transposed.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, out: Tensor, fast: bool):
-        (self.b, left_by_columns), (self.a, right_by_columns), (self.d, _) = _layout(left), _layout(right), _layout(out)
-        self.description = c_void_p()
-        _call("cublasLtMatmulDescCreate", byref(self.description), _COMPUTE_32F, _TYPES[torch.float32])
-        self._set(_TRANSPOSE_A, c_int32(right_by_columns))
-        self._set(_TRANSPOSE_B, c_int32(left_by_columns))
-        self._set(_FAST_ACCUMULATION, ctypes.c_int8(fast))
+    def __init__(self, left: Tensor, right: Tensor, out: Tensor, fast: bool, alignments: tuple[int, int, int]):
+        self.b, self.a, self.d = _layout(left), _layout(right), _layout(out)
+        self.description = _Described("MatmulDesc", _COMPUTE_32F, _TYPES[torch.float32])
+        self.description.set(_TRANSPOSE_A, c_int32(_by_columns(right)))
+        self.description.set(_TRANSPOSE_B, c_int32(_by_columns(left)))
+        self.description.set(_FAST_ACCUMULATION, c_int8(fast))
         self.handle = _handle(out.device.index)
-        self.proposals = self._propose([_alignment(x) for x in (right, left, out, out)])
+        of_left, of_right, of_out = alignments
+        self.proposals = self._propose((of_right, of_left, of_out, of_out))
         self.chosen: int | None = None
 
-    def _set(self, which: int, value: Any) -> None:
-        _call("cublasLtMatmulDescSetAttribute", self.description, which, byref(value), ctypes.sizeof(value))
-
-    def _propose(self, alignments: list[int]) -> list[_Proposal]:
-        """Ask the library for algorithms, what it thinks the best one first."""
-        preference, found, count = c_void_p(), (_Proposal * ALGORITHMS)(), c_int()
-        _call("cublasLtMatmulPreferenceCreate", byref(preference))
-        settings: list[tuple[int, Any]] = [(_MOST_WORKSPACE, c_size_t(WORKSPACE)), (_REDUCTIONS, c_int32(_IN_COMPUTE_TYPE))]
-        settings += zip(_ALIGNMENTS, map(c_int32, alignments), strict=True)
-        for which, value in settings:
-            _call("cublasLtMatmulPreferenceSetAttribute", preference, which, byref(value), ctypes.sizeof(value))
-        _call(
-            "cublasLtMatmulAlgoGetHeuristic", self.handle, self.description, self.a, self.b, self.d, self.d, preference,
-            ALGORITHMS, found, byref(count),
-        )  # fmt: skip
-        _call("cublasLtMatmulPreferenceDestroy", preference)
-        proposals = [proposal for proposal in found[: count.value] if not proposal.state]
-        if not proposals:
-            raise RuntimeError("cuBLASLt has no algorithm for this product")
-        return proposals
+    def _propose(self, alignments: tuple[int, ...]) -> list[_Proposal]:
+        """Ask the library for algorithms, what it thinks the best one first; none where it has none."""
+        preference, found, count = _Described("MatmulPreference"), (_Proposal * ALGORITHMS)(), c_int()
+        preference.set(_MOST_WORKSPACE, c_size_t(WORKSPACE))
+        preference.set(_REDUCTIONS, c_int32(_IN_COMPUTE_TYPE))
+        for which, alignment in zip(_ALIGNMENTS, alignments, strict=True):
+            preference.set(which, c_int32(alignment))
+        layouts = (self.a.handle, self.b.handle, self.d.handle, self.d.handle)
+        status = _library().cublasLtMatmulAlgoGetHeuristic(
+            self.handle, self.description.handle, *layouts, preference.handle, ALGORITHMS, found, byref(count)
+        )
+        if status not in (0, _NOT_SUPPORTED):
+            raise RuntimeError(f"cublasLtMatmulAlgoGetHeuristic of cuBLASLt failed with status {status}")
+        return [proposal for proposal in found[: count.value] if not proposal.state]
 
     def scaled_by(self, left: Tensor | None, right: Tensor | None) -> None:
-        """Multiply FP8 operands by these numbers."""
+        """Multiply FP8 operands by these numbers, None for 1, from now on."""
         for which, scale in ((_A_SCALE, right), (_B_SCALE, left)):
-            if scale is not None:
-                self._set(which, c_void_p(scale.data_ptr()))
+            self.description.set(which, c_void_p(None if scale is None else scale.data_ptr()))
 
     def run(self, which: int, left: Tensor, right: Tensor, out: Tensor, alpha: float, c: Tensor | None, beta: float) -> None:
         """Launch it by one of the proposed algorithms."""
         algorithm, room = self.proposals[which].algorithm, self.proposals[which].workspace
         workspace = torch.empty(room, dtype=torch.uint8, device=out.device)
         _call(
-            "cublasLtMatmul", self.handle, self.description, byref(c_float(alpha)), right.data_ptr(), self.a, left.data_ptr(),
-            self.b, byref(c_float(beta)), (out if c is None else c).data_ptr(), self.d, out.data_ptr(), self.d,
-            byref(algorithm), workspace.data_ptr(), room, torch.cuda.current_stream().cuda_stream,
+            "cublasLtMatmul", self.handle, self.description.handle, byref(c_float(alpha)), right.data_ptr(), self.a.handle,
+            left.data_ptr(), self.b.handle, byref(c_float(beta)), (out if c is None else c).data_ptr(), self.d.handle,
+            out.data_ptr(), self.d.handle, byref(algorithm), workspace.data_ptr(), room, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
 
     def fastest(self, *arguments: Any) -> int:
-        """Time every algorithm, a few calls of each in turn, and return the one of the least median."""
-        times: list[list[float]] = [[] for _ in self.proposals]
+        """Time every algorithm, a few calls of each in turn: what the host adds by being late is never the least time."""
+        times = [float("inf")] * len(self.proposals)
         for _ in range(ROUNDS):
-            for which, those in enumerate(times):
+            for which in range(len(times)):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 self.run(which, *arguments)
                 start.record()
@@ -165,52 +186,82 @@ class _Product:
                     self.run(which, *arguments)
                 end.record()
                 end.synchronize()
-                those.append(start.elapsed_time(end))
-        medians = [statistics.median(those) for those in times]
-        return medians.index(min(medians))
+                times[which] = min(times[which], start.elapsed_time(end))
+        return times.index(min(times))
 
 
 _products: dict[tuple[Any, ...], _Product] = {}
 _lock = Lock()  # the numbers of a call are set before it
+_timing = True
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, no algorithm is timed, in any thread: what is computed is not what will be, or the host is busy."""
+    global _timing
+    before, _timing = _timing, False
+    try:
+        yield
+    finally:
+        _timing = before
+
+
+def _may_time() -> bool:
+    timed = sum(product.chosen is not None for product in _products.values())
+    return _timing and timed < TIMED and not torch.cuda.is_current_stream_capturing()
 
 
 def matmul(
     left: Tensor, right: Tensor, out: Tensor, *, alpha: float = 1.0, c: Tensor | None = None, beta: float = 1.0,
-    scales: tuple[Tensor | None, Tensor | None] = (None, None), fast: bool = False,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None), fast: bool = False, alike: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write alpha · left · right + beta · c to `out`, summed in fp32 and rounded once.
 
     Args:
-        left: (M, K), or (n, M, K); rows or columns contiguous. FP8: rows.
-        right: (K, N) or (n, K, N), of left's dtype; FP8: columns contiguous, and not both float8_e5m2.
-        out: (M, N) or (n, M, N), rows contiguous; neither operand.
+        left: (M, K), or (n, M, K) with n of all the same distance; FP8 with rows contiguous, else rows or columns.
+        right: (K, N) or (n, K, N); FP8 with columns contiguous, and one of both float8_e4m3fn; else of left's dtype.
+        out: (M, N) or (n, M, N), rows contiguous; fp32, fp16 or bf16, in memory of its own.
         alpha: factor of the product.
-        c: what is added, laid out and of a dtype as `out` is, which it may be; None for nothing.
+        c: what is added, of the shape, strides and dtype of `out`, which it may be; None for nothing.
         beta: factor of c.
-        scales: 0-D fp32 by which FP8 operands are multiplied.
+        scales: 0-D fp32 by which FP8 operands are multiplied, left's and right's; None for 1.
         fast: whether FP8 products are summed in the tensor core's own 14 bits or so rather than promoted now and then.
+        alike: whether all processes are to take the same algorithm.
 
     Returns:
         `out`.
 
     Raises:
+        ValueError: strides that the library has no word for, or what lies on another device.
         RuntimeError: the library has no algorithm for such a product.
     """
-    if c is None:
-        beta = 0.0
-    elif c.stride() != out.stride() or c.shape != out.shape or c.dtype != out.dtype:
+    added = () if c is None else (c,)
+    if any(x.device != out.device for x in (left, right, *added, *(scale for scale in scales if scale is not None))):
+        raise ValueError(f"all of a product lies on one device, {out.device}")
+    if any((x.shape, x.stride(), x.dtype) != (out.shape, out.stride(), out.dtype) for x in added):
         raise ValueError("what is added must be laid out as the result is")
-    tensors = (left, right, out)
-    key = (out.device, fast, *((x.dtype, x.shape, x.stride(), _alignment(x)) for x in tensors))
+    if not out.numel() or not left.shape[-1]:
+        return out.zero_() if c is None else torch.mul(c, beta, out=out)
+    if _by_columns(out):
+        raise ValueError("the result must have contiguous rows")
+    alignments = _alignment(left), _alignment(right), _alignment(out, *added)
+    key = (out.device, fast, alignments, *((x.dtype, x.shape, x.stride()) for x in (left, right, out)))
+    arguments = alpha, c, 0.0 if c is None else beta
     with torch.cuda.device_of(out), _lock:
         if (product := _products.get(key)) is None:
-            product = _products[key] = _Product(*tensors, fast)
+            if len(_products) == KEPT:
+                del _products[next(old for old, product in _products.items() if product.chosen is None)]
+            product = _products[key] = _Product(left, right, out, fast, alignments)
+        if not product.proposals:
+            shapes = f"{tuple(left.shape)} {left.dtype} · {tuple(right.shape)} {right.dtype} to {out.dtype}"
+            raise RuntimeError(f"cuBLASLt has no algorithm for {shapes}")
         product.scaled_by(*scales)
         which = 0
-        if not torch.are_deterministic_algorithms_enabled():
-            if product.chosen is None and not torch.cuda.is_current_stream_capturing():
-                target = out if c is None else torch.empty_like(out)
-                product.chosen = product.fastest(left, right, target, alpha, c, beta)
+        if not alike and not torch.are_deterministic_algorithms_enabled():
+            if product.chosen is None and _may_time():
+                # With or without c the same one is best; what is added to must not be written now.
+                target = out if c is None else torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
+                product.chosen = product.fastest(left, right, target, *arguments)
             which = product.chosen or 0
-        product.run(which, left, right, out, alpha, c, beta)
+        product.run(which, left, right, out, *arguments)
     return out

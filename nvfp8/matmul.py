@@ -88,7 +88,7 @@ def fp8_matmul(
         (M, N).
 
     Raises:
-        ValueError: shapes or formats that tensor cores do not multiply, refused on every device.
+        ValueError: shapes or formats that tensor cores do not multiply, refused on every device, or no `out` to add to.
     """
     if a.dtype == b.dtype == torch.float8_e5m2:
         raise ValueError("e5m2 times e5m2 is not a product that tensor cores offer")
@@ -96,9 +96,11 @@ def fp8_matmul(
         raise ValueError(f"({a.shape[0]}, {a.shape[1]}) times ({b.shape[0]}, {b.shape[1]})ᵀ: N and K must be multiples of 16")
     if not (a.is_contiguous() and b.is_contiguous()):
         raise ValueError("both operands must be contiguous along the summed axis")
+    if (out is not None and out.dtype != out_dtype) or (out is None and add):
+        raise ValueError(f"the product is written to {out_dtype}, and added to what there is")
     if a.is_cuda and not emulated:
         result = torch.empty(len(a), len(b), dtype=out_dtype, device=a.device) if out is None else out
-        return cublaslt.matmul(a, b.t(), result, c=result if add else None, scales=(a_inverse, b_inverse), fast=fast)
+        return cublaslt.matmul(a, b.t(), result, c=out if add else None, scales=(a_inverse, b_inverse), fast=fast)
     product = a.float() @ b.float().t() * (a_inverse * b_inverse)
     if out is None:
         return product.to(out_dtype)

@@ -11,7 +11,6 @@ from nvfp8.matmul import fp8_matmul
 
 CUDA = torch.cuda.is_available()
 NATIVE = CUDA and torch.cuda.get_device_capability() >= (8, 9)
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="no FP8 unit")]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -28,7 +27,7 @@ def error(result: Tensor, exact: Tensor) -> float:
     return float((result.double() - exact).norm() / exact.norm())
 
 
-def test_a_pytorch_without_its_library_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     cublaslt._library.cache_clear()
     with pytest.raises(RuntimeError, match=r"libcublasLt\.so\.99, which PyTorch .* is made for, is not there: reinstall PyTorch"):
@@ -40,9 +39,16 @@ def test_a_proposal_is_as_large_as_the_library_writes_it() -> None:
     assert ctypes.sizeof(cublaslt._Proposal) == 96 and cublaslt._Proposal.state.offset == 72
 
 
-class TestOnGPU:
-    pytestmark = on_gpu
+def product_of(a: Tensor, b: Tensor, out: Tensor, **more: object) -> cublaslt._Product:
+    """What a product of FP8 operands (M, K) and (N, K) is remembered as, once it was computed."""
+    cublaslt.matmul(a, b.t(), out, **more)  # type: ignore[arg-type]
+    (product,) = cublaslt._products.values()
+    return product
 
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no FP8 unit")
+class TestOnGPU:
     # The last: a weight gradient of few tiles, for which parts of its sum are added up elsewhere.
     @pytest.mark.parametrize("shape", [(2048, 4096, 768), (4096, 768, 3072), (768, 768, 16384)])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -51,13 +57,13 @@ class TestOnGPU:
         a, b = random(m, k, seed=1, dtype=E5M2), random(n, k, seed=2, dtype=E4M3)
         scales = torch.tensor(0.25).cuda(), torch.tensor(3.0).cuda()
         out = torch.empty(m, n, dtype=dtype, device="cuda")
-        fp8_matmul(a, b, *scales, dtype, False, out=out)
-        (product,) = cublaslt._products.values()
+        product = product_of(a, b, out, scales=scales)
         exact = a.double() @ b.double().t() * 0.75
         assert len(product.proposals) > 1 and product.chosen is not None
         for which in range(len(product.proposals)):
             product.run(which, a, b.t(), out.fill_(torch.nan), 1.0, None, 0.0)
-            assert error(out, exact) < (2**-8 if dtype == torch.bfloat16 else 2**-12), which
+            # Rounded to bf16 once: 2^-9.2 in the mean; had parts of a sum been rounded to it before: 2^-8.7.
+            assert error(out, exact) < (2**-9 if dtype == torch.bfloat16 else 2**-12), which
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_a_product_is_added_and_rounded_once(self, dtype: torch.dtype) -> None:
@@ -67,59 +73,113 @@ class TestOnGPU:
         for _ in range(2):  # timed the first time: not what is added to
             out = before.clone()
             assert fp8_matmul(a, b, one, one, dtype, False, out=out, add=True) is out
-            assert error(out, exact) < (2**-8.5 if dtype == torch.bfloat16 else 2**-12)
+            assert error(out, exact) < (2**-9 if dtype == torch.bfloat16 else 2**-12)
+
+    def test_what_lies_around_the_result_stays(self) -> None:
+        """Rows that are longer than the result, and what is added to while algorithms are timed."""
+        a, b = random(128, 256, seed=1, dtype=E5M2), random(64, 256, seed=2, dtype=E4M3)
+        whole = torch.full((130, 96), 7.0, device="cuda")
+        out = whole[1:-1, 16:80]
+        product_of(a, b, out.fill_(1), c=out)
+        assert error(out, 1 + a.double() @ b.double().t()) < 2**-12
+        assert int((whole != 7.0).sum()) == int((out != 7.0).sum())
+
+    def test_scales_are_of_one_call(self) -> None:
+        a, b, out = random(64, 256, seed=1, dtype=E5M2), random(64, 256, seed=2, dtype=E4M3), torch.empty(64, 64, device="cuda")
+        exact = a.double() @ b.double().t()
+        for factor, scales in ((6.0, (2.0, 3.0)), (1.0, (None, None)), (3.0, (3.0, None))):
+            given = tuple(None if s is None else torch.tensor(s).cuda() for s in scales)
+            product_of(a, b, out, scales=given)
+            assert error(out, factor * exact) < 2**-12
 
     @pytest.mark.parametrize("left_by_columns", [False, True])
     @pytest.mark.parametrize("right_by_columns", [False, True])
     @pytest.mark.parametrize("batch", [(), (3,)])
     def test_fp16_in_batches_and_by_columns(self, batch: tuple[int, ...], left_by_columns: bool, right_by_columns: bool) -> None:
         m, n, k = 192, 320, 256
-        left = random(*batch, k, m, seed=1, dtype=torch.float16).mT if left_by_columns else random(*batch, m, k, seed=1).half()
-        right = random(*batch, n, k, seed=2, dtype=torch.float16).mT if right_by_columns else random(*batch, k, n, seed=2).half()
+        left = random(*batch, k, m, seed=1).half().mT if left_by_columns else random(*batch, m, k, seed=1).half()
+        right = random(*batch, n, k, seed=2).half().mT if right_by_columns else random(*batch, k, n, seed=2).half()
         c, out = random(*batch, m, n, seed=3).half() * 16, torch.empty(*batch, m, n, dtype=torch.float16, device="cuda")
         assert cublaslt.matmul(left, right, out, alpha=0.5) is out
-        exact = left.double() @ right.double()
-        assert error(out, 0.5 * exact) < 2**-11
+        exact, once = left.double() @ right.double(), 2**-12  # 2^-12.2 in the mean, rounded twice 2^-11.9
+        assert error(out, 0.5 * exact) < once
         kept = c.clone()
-        assert error(cublaslt.matmul(left, right, out, alpha=0.5, c=c, beta=-2.0), 0.5 * exact - 2 * c.double()) < 2**-11
+        assert error(cublaslt.matmul(left, right, out, alpha=0.5, c=c, beta=-2.0), 0.5 * exact - 2 * c.double()) < once
         assert torch.equal(c, kept)
-        assert error(cublaslt.matmul(left, right, c, c=c), exact + kept.double()) < 2**-11
+        assert error(cublaslt.matmul(left, right, c, c=c), exact + kept.double()) < once
 
-    def test_what_is_added_lies_as_the_result_does(self) -> None:
+    @pytest.mark.parametrize("shape", [(1, 64, 64), (0, 64, 64), (64, 64, 0)])
+    def test_a_single_row_and_none(self, shape: tuple[int, int, int]) -> None:
+        m, n, k = shape
+        left, right = random(m, k, seed=1).half(), random(n, k, seed=2).half().t()
+        out, c = (torch.full((m, n), 3.0, device="cuda", dtype=torch.float16) for _ in range(2))
+        exact = left.float() @ right.float()
+        assert torch.allclose(cublaslt.matmul(left, right, out).float(), exact, atol=1e-2, rtol=1e-2)
+        assert torch.allclose(cublaslt.matmul(left, right, out, c=c, beta=2.0).float(), exact + 6, atol=1e-2, rtol=1e-2)
+
+    def test_what_the_library_has_no_word_for_is_refused(self) -> None:
         x = random(64, 64, seed=1).half()
-        with pytest.raises(ValueError, match="laid out as the result is"):
-            cublaslt.matmul(x, x, torch.empty_like(x), c=x.t())
+        for out, more, said in (
+            (torch.empty_like(x), {"c": x.t()}, "laid out as the result is"),
+            (torch.empty_like(x).t(), {}, "contiguous rows"),
+            (torch.empty_like(x), {"scales": (torch.ones(()), None)}, "lies on one device, cuda"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                cublaslt.matmul(x, x, out, **more)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="rows or columns of a"):
+            cublaslt.matmul(random(128, 128, seed=1).half()[::2, ::2], x, torch.empty_like(x))
+        with pytest.raises(RuntimeError, match=r"no algorithm for \(64, 64\) torch\.float8_e4m3fn"):
+            cublaslt.matmul(x.to(E4M3), x.to(E4M3), torch.empty_like(x))  # FP8 by rows on the right
 
     def test_the_librarys_first_choice_where_results_must_not_change(self) -> None:
-        a, b, one = random(768, 16384, seed=1, dtype=E5M2), random(768, 16384, seed=2, dtype=E4M3), torch.ones((), device="cuda")
+        a, b = random(768, 16384, seed=1, dtype=E5M2), random(768, 16384, seed=2, dtype=E4M3)
+        out, first = (torch.empty(768, 768, device="cuda") for _ in range(2))
+        product = product_of(a, b, out)
+        product.run(0, a, b.t(), first, 1.0, None, 0.0)
+        ran = []
+        product.run = lambda which, *_: ran.append(which)  # type: ignore[method-assign]
+        product.chosen = len(product.proposals) - 1
+        cublaslt.matmul(a, b.t(), out)
+        cublaslt.matmul(a, b.t(), out, alike=True)
         torch.use_deterministic_algorithms(True)
         try:
-            results = [fp8_matmul(a, b, one, one, torch.float32, False) for _ in range(3)]
+            cublaslt.matmul(a, b.t(), out)
         finally:
             torch.use_deterministic_algorithms(False)
-        (product,) = cublaslt._products.values()
-        assert product.chosen is None
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-        product.run(0, a, b.t(), results[1], 1.0, None, 0.0)
-        assert torch.equal(results[0], results[1])
+        assert ran == [product.chosen, 0, 0]
+        del product.run
+        for _ in range(3):
+            product.run(0, a, b.t(), out, 1.0, None, 0.0)
+            assert torch.equal(out, first)
 
     def test_nothing_is_timed_in_a_graph(self) -> None:
-        a, b, one = random(768, 4096, seed=1, dtype=E5M2), random(768, 4096, seed=2, dtype=E4M3), torch.ones((), device="cuda")
+        a, b = random(768, 4096, seed=1, dtype=E5M2), random(768, 4096, seed=2, dtype=E4M3)
         out, graph = torch.empty(768, 768, device="cuda"), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            fp8_matmul(a, b, one, one, torch.float32, False, out=out)
-        (product,) = cublaslt._products.values()
+            product = product_of(a, b, out)
         assert product.chosen is None
         graph.replay()
         assert error(out, a.double() @ b.double().t()) < 2**-12
-        fp8_matmul(a, b, one, one, torch.float32, False, out=out)
+        with cublaslt.untimed():
+            cublaslt.matmul(a, b.t(), out)
+        assert product.chosen is None
+        cublaslt.matmul(a, b.t(), out)
         assert product.chosen is not None
+
+    def test_neither_timing_nor_what_is_remembered_grows_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cublaslt, "TIMED", 3)
+        monkeypatch.setattr(cublaslt, "KEPT", 5)
+        b = random(64, 64, seed=1, dtype=E4M3)
+        for rows in range(16, 16 * 8, 16):
+            cublaslt.matmul(random(rows, 64, seed=2, dtype=E4M3), b.t(), torch.empty(rows, 64, device="cuda"))
+        kept = list(cublaslt._products.values())
+        assert [product.chosen is not None for product in kept] == [True, True, True, False, False]
 
     def test_the_chosen_one_is_as_fast_as_any(self) -> None:
         """The logits' product of d12, which the library's first choice takes 1.2 times as long for on an H200."""
-        a, b, one = random(2048, 768, seed=1, dtype=E4M3), random(32768, 768, seed=2, dtype=E4M3), torch.ones((), device="cuda")
-        out = fp8_matmul(a, b, one, one, torch.bfloat16, True)
-        (product,) = cublaslt._products.values()
+        a, b = random(2048, 768, seed=1, dtype=E4M3), random(32768, 768, seed=2, dtype=E4M3)
+        out = torch.empty(2048, 32768, dtype=torch.bfloat16, device="cuda")
+        product = product_of(a, b, out, fast=True)
 
         def milliseconds(which: int) -> float:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -132,4 +192,5 @@ class TestOnGPU:
 
         assert product.chosen is not None
         chosen = min(milliseconds(product.chosen) for _ in range(5))
-        assert chosen < 1.05 * min(milliseconds(which) for which in range(len(product.proposals)) for _ in range(5))
+        # Another test may run on the GPU meanwhile.
+        assert chosen < 1.1 * min(milliseconds(which) for which in range(len(product.proposals)) for _ in range(5))

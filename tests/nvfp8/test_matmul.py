@@ -47,6 +47,20 @@ def test_it_is_the_product_of_what_the_codes_stand_for(
 
 
 @WAYS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_is_added_to_what_there_is(dtype: torch.dtype, emulated: bool) -> None:
+    a, b, one = operand(48, 128, 1, E5M2), operand(32, 128, 2, E4M3), torch.ones((), device=DEVICE)
+    out = torch.full((48, 32), 100.0, dtype=dtype, device=DEVICE)
+    assert fp8_matmul(a, b, one, one, dtype, False, emulated=emulated, out=out, add=True) is out
+    exact = 100 + a.double() @ b.double().t()
+    assert float((out.double() - exact).norm() / exact.norm()) < (2**-9 if dtype == torch.bfloat16 else 2**-12)
+    with pytest.raises(ValueError, match="added to what there is"):
+        fp8_matmul(a, b, one, one, dtype, False, emulated=emulated, add=True)
+    with pytest.raises(ValueError, match=r"is written to torch\.float16"):
+        fp8_matmul(a, b, one, one, torch.float16, False, emulated=emulated, out=out)
+
+
+@WAYS
 @pytest.mark.parametrize("formats", [(E5M2, E4M3), (E4M3, E4M3)])
 def test_a_long_sum_of_one_sign_is_promoted_to_fp32(formats: tuple[torch.dtype, torch.dtype], emulated: bool) -> None:
     """What a weight gradient needs: with fast accumulation 32,768 terms of one sign err by 37 % (docs/architecture.md)."""
