@@ -122,9 +122,9 @@ def _layout(x: Tensor) -> _Described:
     return layout
 
 
-def _alignment(*tensors: Tensor) -> int:
-    """The largest power of two up to 256 that divides all addresses."""
-    return min(256, *(t.data_ptr() & -t.data_ptr() for t in tensors))
+def _alignment(x: Tensor) -> int:
+    """The largest power of two up to 256 that divides its address."""
+    return min(256, x.data_ptr() & -x.data_ptr())
 
 
 class _Product:
@@ -164,14 +164,15 @@ class _Product:
         for which, scale in ((_A_SCALE, right), (_B_SCALE, left)):
             self.description.set(which, c_void_p(None if scale is None else scale.data_ptr()))
 
-    def run(self, which: int, left: Tensor, right: Tensor, out: Tensor, alpha: float, c: Tensor | None, beta: float) -> None:
+    def run(self, which: int, left: Tensor, right: Tensor, out: Tensor, added: Tensor | None, alpha: float) -> None:
         """Launch it by one of the proposed algorithms."""
         algorithm, room = self.proposals[which].algorithm, self.proposals[which].workspace
+        c, beta = (out, 0.0) if added is None else (added, 1.0)
         workspace = torch.empty(room, dtype=torch.uint8, device=out.device)
         _call(
             "cublasLtMatmul", self.handle, self.description.handle, byref(c_float(alpha)), right.data_ptr(), self.a.handle,
-            left.data_ptr(), self.b.handle, byref(c_float(beta)), (out if c is None else c).data_ptr(), self.d.handle,
-            out.data_ptr(), self.d.handle, byref(algorithm), workspace.data_ptr(), room, torch.cuda.current_stream().cuda_stream,
+            left.data_ptr(), self.b.handle, byref(c_float(beta)), c.data_ptr(), self.d.handle, out.data_ptr(), self.d.handle,
+            byref(algorithm), workspace.data_ptr(), room, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
 
     def fastest(self, *arguments: Any) -> int:
@@ -212,18 +213,19 @@ def _may_time() -> bool:
 
 
 def matmul(
-    left: Tensor, right: Tensor, out: Tensor, *, alpha: float = 1.0, c: Tensor | None = None, beta: float = 1.0,
+    left: Tensor, right: Tensor, out: Tensor, *, alpha: float = 1.0, add: bool = False,
     scales: tuple[Tensor | None, Tensor | None] = (None, None), fast: bool = False, alike: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Write alpha · left · right + beta · c to `out`, summed in fp32 and rounded once.
+    """Write alpha · left · right to `out`, summed in fp32, or add it to what stands there.
+
+    What is added in 16 bits may be rounded twice, as by a GEMM and an addition: on an H200 it is, the product first.
 
     Args:
         left: (M, K), or (n, M, K) with n of all the same distance; FP8 with rows contiguous, else rows or columns.
         right: (K, N) or (n, K, N); FP8 with columns contiguous, and one of both float8_e4m3fn; else of left's dtype.
-        out: (M, N) or (n, M, N), rows contiguous; fp32, fp16 or bf16, in memory of its own.
+        out: (M, N) or (n, M, N), rows contiguous; fp32, fp16 or bf16, neither operand.
         alpha: factor of the product.
-        c: what is added, of the shape, strides and dtype of `out`, which it may be; None for nothing.
-        beta: factor of c.
+        add: whether to add.
         scales: 0-D fp32 by which FP8 operands are multiplied, left's and right's; None for 1.
         fast: whether FP8 products are summed in the tensor core's own 14 bits or so rather than promoted now and then.
         alike: whether all processes are to take the same algorithm.
@@ -235,18 +237,15 @@ def matmul(
         ValueError: strides that the library has no word for, or what lies on another device.
         RuntimeError: the library has no algorithm for such a product.
     """
-    added = () if c is None else (c,)
-    if any(x.device != out.device for x in (left, right, *added, *(scale for scale in scales if scale is not None))):
+    if any(x.device != out.device for x in (left, right, *(scale for scale in scales if scale is not None))):
         raise ValueError(f"all of a product lies on one device, {out.device}")
-    if any((x.shape, x.stride(), x.dtype) != (out.shape, out.stride(), out.dtype) for x in added):
-        raise ValueError("what is added must be laid out as the result is")
     if not out.numel() or not left.shape[-1]:
-        return out.zero_() if c is None else torch.mul(c, beta, out=out)
+        return out if add else out.zero_()
     if _by_columns(out):
         raise ValueError("the result must have contiguous rows")
-    alignments = _alignment(left), _alignment(right), _alignment(out, *added)
+    alignments = _alignment(left), _alignment(right), _alignment(out)
     key = (out.device, fast, alignments, *((x.dtype, x.shape, x.stride()) for x in (left, right, out)))
-    arguments = alpha, c, 0.0 if c is None else beta
+    added = out if add else None
     with torch.cuda.device_of(out), _lock:
         if (product := _products.get(key)) is None:
             if len(_products) == KEPT:
@@ -259,9 +258,9 @@ def matmul(
         which = 0
         if not alike and not torch.are_deterministic_algorithms_enabled():
             if product.chosen is None and _may_time():
-                # With or without c the same one is best; what is added to must not be written now.
-                target = out if c is None else torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
-                product.chosen = product.fastest(left, right, target, *arguments)
+                # Adding or not, the same one is best; what is added to must not be written now.
+                target = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device) if add else out
+                product.chosen = product.fastest(left, right, target, added, alpha)
             which = product.chosen or 0
-        product.run(which, left, right, out, *arguments)
+        product.run(which, left, right, out, added, alpha)
     return out

@@ -82,7 +82,7 @@ def fp8_matmul(
         fast: sum in the tensor core's own 14 bits or so rather than promote to fp32 now and then; emulation never does.
         emulated: decode and multiply in fp32, as is done without a GPU in any case.
         out: (M, N) contiguous in `out_dtype`, written, or None for a new tensor.
-        add: whether the product is added to what stands in `out`, and rounded with it once.
+        add: whether the product, rounded to `out_dtype`, is added to what stands in `out`.
 
     Returns:
         (M, N).
@@ -100,8 +100,8 @@ def fp8_matmul(
         raise ValueError(f"the product is written to {out_dtype}, and added to what there is")
     if a.is_cuda and not emulated:
         result = torch.empty(len(a), len(b), dtype=out_dtype, device=a.device) if out is None else out
-        return cublaslt.matmul(a, b.t(), result, c=out if add else None, scales=(a_inverse, b_inverse), fast=fast)
-    product = a.float() @ b.float().t() * (a_inverse * b_inverse)
+        return cublaslt.matmul(a, b.t(), result, add=add, scales=(a_inverse, b_inverse), fast=fast)
+    product = (a.float() @ b.float().t() * (a_inverse * b_inverse)).to(out_dtype)
     if out is None:
-        return product.to(out_dtype)
-    return out.copy_(out.float() + product if add else product)
+        return product
+    return out.add_(product) if add else out.copy_(product)

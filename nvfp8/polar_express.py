@@ -11,8 +11,8 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | half | symmetric products once: XXᵀ k, A² 1, then 2k | 15k + 5 | 20 | 65 | 18.3 |
 | gram | G² 1, PG 1, PGP 1, PQ 1; three times XXᵀ k and QX 2k | 9k + 11 | 20 | 47 | 15.1 |
 
-**full**: bA + cA² and aX + BX are one GEMM each (`nvfp8/cublaslt.py`; `torch.baddbmm` in fp32, or if 8 does not divide the sides),
-summed in fp32: against aX + (BX rounded to bf16) the error falls 2.5 to 5 times.
+**full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
+error falls 2.5 to 5 times.
 
 **half**: XXᵀ and A² are symmetric: half of their tiles are computed (`nvfp8/kernels/symmetric.py`). aX is folded into
 P = aI + bA + cA², which costs the kernel nothing, so X ← PX is a product and no sum: `torch.baddbmm`, which copies what it adds,
@@ -212,9 +212,9 @@ def _small(x: Tensor, scale: Tensor | None) -> Tensor:
 
 def _product(out: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0) -> None:
     """Write alpha · left · right + beta · add, rounded once: all (n, ?, ?) of one dtype, `out` none of the operands."""
-    if out.is_cuda and out.dtype.itemsize == 2 and not any(side % 8 for side in (*left.shape[1:], right.shape[2])):
-        # PyTorch would copy `add` to `out` first. Several processes may each update the same weights, as under DDP.
-        cublaslt.matmul(left, right, out, alpha=alpha, c=add, beta=beta, alike=_several_processes())
+    if out.is_cuda and out.dtype.itemsize == 2 and add is None and not any(side % 8 for side in (*left.shape[1:], right.shape[2])):
+        # Several processes may each update the same weights, as under DDP.
+        cublaslt.matmul(left, right, out, alpha=alpha, alike=_several_processes())
     elif out.is_cuda or out.dtype.itemsize > 2:
         torch.baddbmm(out if add is None else add, left, right, beta=beta, alpha=alpha, out=out)
     else:  # a CPU without instructions for narrow floats takes 10 to 60 times as long over them (an EPYC, one thread)
