@@ -157,9 +157,7 @@ class Counted:
 
         Evaluation is bf16 there, too: 32 MiB from the first one on, which are not counted.
         """
-        of = self.setup.precision
-        alone = isinstance(of, FP8Precision) and not (of.recipe.bf16 or of.head_in_bf16 or of.emulated)
-        return 0 if alone else _CUBLAS[self.setup.capability >= (9, 0)]
+        return 0 if _in_fp8_alone(self.setup.precision) else _CUBLAS[self.setup.capability >= (9, 0)]
 
     def gradients(self) -> Bytes:
         """Gradients of all parameters, as they are summed."""
@@ -237,6 +235,11 @@ def _te_adam(own: NamedOptimizer, choice: str) -> Bytes:
     return {"AdamW: state": state, "AdamW: masters": masters}
 
 
+def _in_fp8_alone(precision: Precision) -> bool:
+    """Whether all products of a step are FP8 GEMMs of our own: each adds a weight's gradient to those there are."""
+    return isinstance(precision, FP8Precision) and not (precision.recipe.bf16 or precision.head_in_bf16 or precision.emulated)
+
+
 def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     """Predict the peak.
 
@@ -253,7 +256,8 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     head = activations.head(precision, batch)
     lasting, gradients = counted.lasting(), counted.gradients()
     summed = gradients if setup.accumulation > 1 else {}
-    again = {"gradients: matrices, before they are added": summed.get("gradients: matrices", 0)}
+    apart = 0 if _in_fp8_alone(precision) else summed.get("gradients: matrices", 0)
+    again = {"gradients: matrices, before they are added": apart}
     of_block = {what: size / shape.n_layer for what, size in again.items()}
     late = gradients if not setup.update_early else _sum(counted.tables_gradients(), counted.early())
     moments = {

@@ -6,8 +6,9 @@ memory, do for every micro-batch.
 
 * Two graphs share one pool of memory: a step's first micro-batch writes the gradients, further ones add to them. The gradients
   stay where they are; `zero_grad` takes them off the parameters, and the next first micro-batch puts them back.
-* Autograd adds to a gradient tensor by tensor: 78 additions for d12's matrices, 8 µs each where memory would take 2. Here a further
-  micro-batch's gradients of the blocks are gathered first, while its activations go, and added in a few launches, the same bits.
+* Autograd adds to a gradient tensor by tensor: 78 additions for d12's matrices, 8 µs each where memory would take 2. Here an FP8
+  GEMM that makes a weight's gradient adds it itself (`Projection.adding`); other gradients of a further micro-batch's blocks are
+  gathered first, while its activations go, and added in a few launches, the same bits.
 * What the host decides by must stay: scales come from a history once there is one (`Scaling.seen`), FP8 copies of weights lie where
   optimizers write them. `ScalingState.fixed` says all of it; graphs are captured once two steps in a row began with the same, and
   another answer drops them. So the first steps run as ever, and compile what has to be compiled.
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from nanochat.gpt import GPT
 from nvfp8.precision import TEPrecision
+from nvfp8.quantize import Projection
 from nvfp8.rounding import BLOCK
 from nvfp8.scaling import Scaling
 
@@ -71,6 +73,9 @@ class MicroBatches:
         if singly is None and not model.cos.is_cuda:
             singly = "there is no CUDA device"
         self.model, self.capturing = model, singly is None
+        modules = [module for block in model.blocks for module in block.modules()]
+        every = [projection for module in modules for projection in getattr(module, "projections", ())]
+        self._projections = [projection for projection in every if isinstance(projection, Projection)]
         self.how = f"launched kernel by kernel: {singly}" if singly else "CUDA graphs"
         self._fixed: object = None
         self.prepared: Any = None
@@ -125,11 +130,18 @@ class MicroBatches:
 
     def _forward_and_backward(self, inputs: Tensor, targets: Tensor, scale: float) -> Tensor:
         loss: Tensor = self.model(inputs, targets, scale)
+        added = {weight for projection in self._projections if projection.sums() is not None for weight in projection.weights}
         # Tables' gradients are added to past autograd, and lm_head's is large enough, and there while memory is short.
-        held = [(p, p.grad) for block in self.model.blocks for p in block.parameters() if p.grad is not None]
+        held = [(p, p.grad) for block in self.model.blocks for p in block.parameters() if p.grad is not None and p not in added]
         for parameter, _ in held:
             parameter.grad = None
-        loss.backward()
+        for projection in self._projections:
+            projection.adding = True
+        try:
+            loss.backward()
+        finally:
+            for projection in self._projections:
+                projection.adding = False
         both = [(gradient, p.grad) for p, gradient in held if p.grad is not None]
         if both:
             sums, new = zip(*both, strict=True)

@@ -252,12 +252,12 @@ MEASURED = (
     Measured(_H200, 24, 16, "SSSL", "bf16", 110_934, 37.08, "c15de00", graphs=True, captured_updates=True),
     Measured(_H200, 12, 32, "L", "te delayed", 675_010, 27.39, "fa9f877"),
     Measured(_H200, 24, 16, "L", "te delayed", 140_670, 50.98, "fa9f877"),
-    Measured(_H200, 8, 32, "L", "fp8 delayed", 1_720_774, 6.54, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 795_773, 13.44, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 16, 16, "L", "fp8 delayed", 418_716, 14.84, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 161_332, 34.40, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 795_173, 12.44, "fa9f877", graphs=True, captured_updates=True, formats=SMALL),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 162_003, 29.02, "fa9f877", graphs=True, captured_updates=True, formats=SMALL),
+    Measured(_H200, 8, 32, "L", "fp8 delayed", 1_821_865, 6.41, "07df4b8", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 834_467, 13.31, "07df4b8", graphs=True, captured_updates=True),
+    Measured(_H200, 16, 16, "L", "fp8 delayed", 434_515, 14.71, "07df4b8", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 167_592, 34.21, "07df4b8", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 834_963, 12.31, "07df4b8", graphs=True, captured_updates=True, formats=SMALL),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 168_223, 28.83, "07df4b8", graphs=True, captured_updates=True, formats=SMALL),
 )
 # By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
 PUBLISHED_SPARK = 13_125

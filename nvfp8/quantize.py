@@ -185,6 +185,8 @@ class Projection:
         w: site of the weight.
         dy: site of the output's gradient.
         in_bf16: those of the three that stay in bf16, not all; only `fp8_layers._Linear` and the head compute such.
+        adding: whether backward adds dW to the gradients there are, in its GEMM, rather than hand it to autograd. Then hooks and
+            `torch.autograd.grad` do not see it: it is for a loop that sums micro-batches.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class Projection:
         of_loss = Operand("e5m2", "current")  # measured by nobody: the site knows its scale
         self.dy = Site(what, "logits", of_loss, emulated) if of_logits else Site(what, "gradient", recipe.dgrad.left, emulated)
         self._held: Held | None = None
+        self.adding = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -269,12 +272,29 @@ class Projection:
         assert dy.q is not None
         return self._matmul(dy.q, w_t, dy.inverse, w_inverse, dtype, self.recipe.dgrad.fast_accumulation)
 
-    def wgrad(self, dy: Quantized, x_t: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the weights, dyᵀ · x in their dtype, from xᵀ (K, M)."""
+    def wgrad(self, dy: Quantized, x_t: Tensor, inverse: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the weights, dyᵀ · x in their dtype, from xᵀ (K, M); None where they were added to those there are."""
         assert dy.t is not None
-        dtype = self.layers[0].weight.dtype
-        product = self._matmul(dy.t, x_t, dy.inverse, inverse, dtype, self.recipe.wgrad.fast_accumulation)
-        return product.split([len(weight) for weight in self.weights])
+        dtype, there = self.layers[0].weight.dtype, self.sums() if self.adding else None
+        product = self._matmul(
+            dy.t, x_t, dy.inverse, inverse, dtype, self.recipe.wgrad.fast_accumulation, out=there, add=there is not None
+        )
+        return product.split([len(weight) for weight in self.weights]) if there is None else (None,) * len(self.layers)
 
-    def _matmul(self, a: Tensor, b: Tensor, *more: Any) -> Tensor:
-        return fp8_matmul(a, b, *more, emulated=self.emulated)
+    def sums(self) -> Tensor | None:
+        """The gradients there are as one matrix (N, K), as `wgrad` made them; None where they lie apart, or dW is made in bf16."""
+        gradients = [weight.grad for weight in self.weights]
+        first, end = gradients[0], 0
+        if first is None or "wgrad" in self.in_bf16:
+            return None
+        storage, start = first.untyped_storage().data_ptr(), first.data_ptr()
+        for gradient, weight in zip(gradients, self.weights, strict=True):
+            if gradient is None or not gradient.is_contiguous() or gradient.dtype != weight.dtype:
+                return None
+            if gradient.untyped_storage().data_ptr() != storage or gradient.data_ptr() != start + end:
+                return None
+            end += gradient.nbytes
+        return first.as_strided((sum(len(weight) for weight in self.weights), first.shape[1]), (first.shape[1], 1))
+
+    def _matmul(self, a: Tensor, b: Tensor, *more: Any, out: Tensor | None = None, add: bool = False) -> Tensor:
+        return fp8_matmul(a, b, *more, emulated=self.emulated, out=out, add=add)
