@@ -142,26 +142,36 @@ def together(count: int, bytes_: int, rows: int, columns: int, dtype: torch.dtyp
     return min(range(most, 0, -1), key=lambda n: count // n * rounds(n) + rounds(count % n))
 
 
-def polar_express(x: Tensor, products: str, scale: Tensor | None = None) -> Tensor:
+def worked_in(products: str, dtype: torch.dtype) -> tuple[torch.dtype, float]:
+    """The dtype in which `polar_express` works where it computes in `dtype`, and by what X is multiplied there."""
+    if products not in ("half", "gram"):
+        return dtype, 1.0
+    return torch.float16 if dtype == torch.bfloat16 else dtype, LIFT
+
+
+def polar_express(x: Tensor, products: str, *, lifted: bool = False) -> Tensor:
     """Return x (n, r, c), each of Frobenius norm at most 1, with all singular values brought near 1; overwrites x.
 
     Args:
         x: fp32 or bf16, computed in as it is; by "half" and "gram" bf16 becomes fp16.
         products: "full", "half", "gram" or "small".
-        scale: (n, r, 1) fp32, by which the rows of x are multiplied first; with it the norm is at most 1. "half" and "gram" round
-            only once by it, on the way to fp16.
+        lifted: x is in the dtype, and multiplied by the factor, that `worked_in` says.
 
     Returns:
-        (n, r, c) in the dtype computed in.
+        (n, r, c) in the dtype worked in.
     """
-    ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"full": _full, "half": _half, "gram": _gram, "small": _small}
-    return ways[products](x, scale)
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"full": _full, "half": _half, "gram": _gram}
+    if products == "small":
+        return _small(x)
+    if lifted or products == "full":
+        return ways[products](x, torch.empty_like(x))
+    dtype, factor = worked_in(products, x.dtype)
+    # x's own memory is room for another one.
+    return ways[products](torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)), x.view(dtype))
 
 
-def _full(x: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is not None:
-        ops(x).scale_rows_(x, scale, 1.0, x)
-    tall, other, (gram, poly) = x.size(-2) > x.size(-1), torch.empty_like(x), _squares(x, 2)
+def _full(x: Tensor, other: Tensor) -> Tensor:
+    tall, (gram, poly) = x.size(-2) > x.size(-1), _squares(x, 2)
     for a, b, c in POLAR_EXPRESS:
         _product(gram, *((x.mT, x) if tall else (x, x.mT)))
         _product(poly, gram, gram, c, gram, b)
@@ -170,9 +180,8 @@ def _full(x: Tensor, scale: Tensor | None) -> Tensor:
     return x
 
 
-def _half(x: Tensor, scale: Tensor | None) -> Tensor:
+def _half(x: Tensor, other: Tensor) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
-    x, other = _lifted(x, scale)
     g, p = _squares(x, 2)
     for a, b, c in POLAR_EXPRESS:
         rows = x.mT if tall else x
@@ -183,9 +192,8 @@ def _half(x: Tensor, scale: Tensor | None) -> Tensor:
     return x
 
 
-def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
+def _gram(x: Tensor, other: Tensor) -> Tensor:
     tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
-    x, other = _lifted(x, scale)
     g, p, q, spare = _squares(x, 4)
     for start, end in zip((0, *RESTARTS), (*RESTARTS, len(POLAR_EXPRESS)), strict=True):
         steps, rows = POLAR_EXPRESS[start:end], x.mT if tall else x
@@ -205,8 +213,8 @@ def _gram(x: Tensor, scale: Tensor | None) -> Tensor:
     return x
 
 
-def _small(x: Tensor, scale: Tensor | None) -> Tensor:
-    result: Tensor = ops(x).polar_express_(x, scale, tuple(factor for step in POLAR_EXPRESS for factor in step))
+def _small(x: Tensor) -> Tensor:
+    result: Tensor = ops(x).polar_express_(x, tuple(factor for step in POLAR_EXPRESS for factor in step))
     return result
 
 
@@ -224,13 +232,6 @@ def _product(out: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, add: 
 
 def _several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _lifted(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """LIFT · x with its rows scaled, in fp16 where x is bf16, and x's own memory as room for another."""
-    dtype = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
-    lifted: Tensor = ops(x).scale_rows_(x, scale, LIFT, torch.empty_like(x, dtype=dtype))
-    return lifted, x.view(dtype)
 
 
 def _squares(x: Tensor, count: int) -> list[Tensor]:

@@ -39,7 +39,6 @@ from nvfp8.reference_optim import muon_descend_ as muon_descend_
 from nvfp8.reference_optim import muon_nesterov_ as muon_nesterov_
 from nvfp8.reference_optim import normuon_scale as normuon_scale
 from nvfp8.reference_optim import polar_express_ as polar_express_
-from nvfp8.reference_optim import scale_rows_ as scale_rows_
 from nvfp8.reference_optim import symmetric_product_ as symmetric_product_
 
 

@@ -114,9 +114,19 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _nesterov(
+    gradient: Tensor, stored: Tensor, scales: Tensor | None, take: float | Tensor, mu: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The momentum m ← m + take·(g − m) before it is rounded to be stored, and the Nesterov gradient x = g + mu·(m − g)."""
+    g = _wide(gradient)
+    m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales))
+    m = m + take * (g - m)
+    return m, g + mu * (m - g)
+
+
 def muon_nesterov_(
     gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float | Tensor, mu: float | Tensor,
-    keys: Sequence[int] | Tensor | None = None,
+    keys: Sequence[int] | Tensor | None = None, rows: Tensor | None = None, factor: float = 1.0,
 ) -> None:  # fmt: skip
     """Momentum of n matrices of one shape, and their Nesterov gradient: m ← m + take·(g − m), x = g + mu·(m − g).
 
@@ -130,51 +140,41 @@ def muon_nesterov_(
         take: 1 − mu, exact to fp32. It and mu are numbers, or 0-D fp32 on x's device, where a launch that is repeated finds others.
         mu: μ.
         keys: n of 31 bits, for FP8 and bf16; or (n,) int32 on x's device.
+        rows: (n, r, 1) fp32, by which the rows of x are multiplied on their way, or None for ones.
+        factor: of all of x, where there are `rows`.
     """
     drawn = momentum.dtype in (torch.bfloat16, *FORMATS)
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
     for i, (grad, stored, out) in enumerate(zip(gradients, momentum, x, strict=True)):
-        g = _wide(grad)
-        m = _wide(stored) if scales is None else codec_of(stored.dtype).decode(Stored(stored, scales[i]))
-        m = m + take * (g - m)
+        scale = None if scales is None else scales[i]
+        m, value = _nesterov(grad, stored, scale, take, mu)
         if drawn and keys is not None:
-            codec_of(stored.dtype).encode_(Stored(stored, None if scales is None else scales[i]), m.float(), draw(m, int(keys[i])))
+            codec_of(stored.dtype).encode_(Stored(stored, scale), m.float(), draw(m, int(keys[i])))
         else:
             stored.copy_(m)
-        out.copy_(g + mu * (m - g))
+        out.copy_(value if rows is None else value * (rows[i] * factor))
 
 
-def equilibrating_scale(x: Tensor) -> Tensor:
-    """What brings the rows of a matrix to equal norm, and the whole to norm 1/1.01 (arXiv 2603.28254).
+def equilibrating_scale(
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, take: float | Tensor, mu: float | Tensor
+) -> Tensor:
+    """What brings the rows of x to equal norm, and the whole to norm 1/1.01 (arXiv 2603.28254); arguments as of `muon_nesterov_`.
 
-    Args:
-        x: (n, r, c).
+    x is what that is to write: to be called before it, for it changes the momentum.
 
     Returns:
         (n, r, 1) fp32.
     """
-    row_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (n, r, 1)
+    every = [
+        _nesterov(g, m, None if scales is None else scales[i], take, mu)[1]
+        for i, (g, m) in enumerate(zip(gradients, momentum, strict=True))
+    ]
+    row_norm: Tensor = torch.linalg.vector_norm(torch.stack(every), dim=-1, keepdim=True, dtype=torch.float32)  # (n, r, 1)
     unit = 1 / row_norm.clamp_min(1e-6)
-    rms = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / math.sqrt(x.size(-2))  # (n, 1, 1)
+    rms = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / math.sqrt(row_norm.size(-2))  # (n, 1, 1)
     norm = rms * torch.linalg.vector_norm(row_norm * unit, dim=-2, keepdim=True)  # of the scaled matrix
     scale: Tensor = rms * unit / (1.01 * norm + 1e-6)
     return scale
-
-
-def scale_rows_(x: Tensor, scale: Tensor | None, factor: float, out: Tensor) -> Tensor:
-    """Write factor · x, each row times its scale, into another dtype, rounded once.
-
-    Args:
-        x: (n, r, c).
-        scale: (n, r, 1) fp32, or None for ones.
-        factor: of all.
-        out: (n, r, c); written. May be x.
-
-    Returns:
-        `out`.
-    """
-    value = _wide(x) * factor
-    return out.copy_(value if scale is None else value * scale)
 
 
 def normuon_scale(x: Tensor, second_moment: Tensor, take: float | Tensor) -> Tensor:
@@ -252,18 +252,17 @@ def symmetric_product_(
     out.copy_(value.triu() + value.triu(1).mT)
 
 
-def polar_express_(x: Tensor, scale: Tensor | None, steps: tuple[float, ...]) -> Tensor:
+def polar_express_(x: Tensor, steps: tuple[float, ...]) -> Tensor:
     """Polar Express in place, rounded only at its end: X ← aX + (bA + cA²)X with A = XXᵀ.
 
     Args:
-        x: (n, r, c), each with its scale of norm at most 1; overwritten.
-        scale: (n, r, 1) fp32, by which the rows are multiplied first, or None.
+        x: (n, r, c), each of norm at most 1; overwritten.
         steps: a, b, c of each step, one behind the other.
 
     Returns:
         `x`.
     """
-    value = _wide(x) if scale is None else _wide(x) * scale
+    value = _wide(x)
     for a, b, c in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
         gram = value @ value.mT
         value = a * value + (b * gram + c * gram @ gram) @ value

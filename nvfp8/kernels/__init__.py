@@ -10,7 +10,7 @@ from nvfp8.kernels.gemm_heads_fp8 import gemm_heads
 from nvfp8.kernels.heads import heads_backward, heads_forward
 from nvfp8.kernels.heads_fp8 import heads_backward_quantize
 from nvfp8.kernels.muon import addressed, muon_descend_, muon_nesterov_
-from nvfp8.kernels.muon_norms import equilibrating_scale, normuon_scale, scale_rows_
+from nvfp8.kernels.muon_norms import equilibrating_scale, normuon_scale
 from nvfp8.kernels.norm import (
     add_norm_forward,
     mix_backward,
@@ -67,7 +67,6 @@ __all__ = [
     "relu_squared_backward_quantize",
     "relu_squared_quantize",
     "scale_",
-    "scale_rows_",
     "smear_backward",
     "smear_forward",
     "softcap_cross_entropy_",

@@ -16,6 +16,7 @@ of a transpose is a column of the matrix: 64 bytes side by side in both copies. 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +33,8 @@ SIDE = tl.constexpr(64)  # of a tile of them: 64 bytes of a row or column in FP8
 
 
 @triton.jit
-def _matrix(TABLE, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def located(TABLE, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a matrix of a table lies."""
     pointer = tl.load(TABLE + matrix).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -47,14 +49,14 @@ def _bits(KEYS, STEP, matrix, BLOCK: tl.constexpr):
 # Numbers stand anywhere in a table: the compiler is not to care whether 16 divides their addresses.
 @triton.jit(do_not_specialize=["ROWS", "STEP"], do_not_specialize_on_alignment=["TAKE", "MU", "KEYS"])
 def _muon_nesterov(
-    GRADIENTS, MOMENTUM, SCALES, X, ROWS, COLUMNS, TAKE, MU, KEYS, STEP, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENTS, MOMENTUM, SCALES, X, SCALE, FACTOR, ROWS, COLUMNS, TAKE, MU, KEYS, STEP, TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, FORMAT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < ROWS * COLUMNS
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
-    g = tl.load(_matrix(GRADIENTS, matrix, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
+    g = tl.load(located(GRADIENTS, matrix, TYPE, ALIGNED) + at, mask, 0.0).to(tl.float32)
     stored = tl.load(MOMENTUM + start + at, mask, 0.0)
     if FORMAT is not None:
         EACH: tl.constexpr = BLOCK // rounding.BLOCK
@@ -65,7 +67,10 @@ def _muon_nesterov(
     else:
         m = stored.to(tl.float32)
     m += tl.load(TAKE) * (g - m)
-    tl.store(X + start + at, (g + tl.load(MU) * (m - g)).to(X.dtype.element_ty), mask)
+    x = g + tl.load(MU) * (m - g)
+    if SCALE is not None:
+        x *= of_rows(SCALE + matrix * ROWS, ROWS, COLUMNS, WHOLE, BLOCK) * FACTOR
+    tl.store(X + start + at, x.to(X.dtype.element_ty), mask)
     if FORMAT is not None:
         m, scale = rounding.encode(m, _bits(KEYS, STEP, matrix, BLOCK), EACH, FORMAT, False)
         tl.store(scales, scale, block < blocks)
@@ -109,7 +114,7 @@ def _muon_descend(
         at = row[:, None] * COLUMNS + column[None, :]
         mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     start = matrix.to(tl.int64) * (ROWS * COLUMNS)
-    weight = _matrix(WEIGHTS, matrix, TYPE, ALIGNED) + at
+    weight = located(WEIGHTS, matrix, TYPE, ALIGNED) + at
     if COPIES is not None:
         if BY_ROW:
             scale = tl.load(SCALE + matrix * ROWS + row, row < ROWS, 0.0)[:, None]
@@ -195,6 +200,22 @@ def addressed(tensors: Sequence[Tensor], copies: Sequence[Copies | None] | None 
     return Addressed(tensors, copies or ()) if readable else tensors
 
 
+def readable(gradients: Sequence[Tensor]) -> tuple[Addressed, Any]:
+    """Gradients as kernels find and read them, converted where they are not `addressed` yet, and Triton's name of their dtype."""
+    if not isinstance(gradients, Addressed):
+        dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
+        gradients = Addressed([g.to(dtype).contiguous() for g in gradients])
+    return gradients, tl.float32 if gradients[0].dtype == torch.float32 else tl.bfloat16
+
+
+def check_scales(momentum: Tensor, scales: Tensor | None) -> None:
+    """Refuse scales that are not those of n matrices of momentum (n, r, c), side by side."""
+    n, r, c = momentum.shape
+    assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
+    if scales is not None:
+        assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
+
+
 def number(value: float | Tensor, x: Tensor) -> Tensor:
     """A number as kernels read it, 0-D fp32 on x's device."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device=x.device)
@@ -224,25 +245,22 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 def muon_nesterov_(
     gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, x: Tensor, take: float | Tensor, mu: float | Tensor,
-    keys: Sequence[int] | Tensor | None = None,
+    keys: Sequence[int] | Tensor | None = None, rows: Tensor | None = None, factor: float = 1.0,
 ) -> None:  # fmt: skip
-    """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales` and `x` must be contiguous."""
+    """See `nvfp8.reference.muon_nesterov_`; `momentum`, `scales`, `x` and `rows` must be contiguous."""
     n, r, c = x.shape
     assert momentum.is_contiguous() and x.is_contiguous(), "muon_nesterov_ writes contiguous memory"
-    on_one_device(x, *gradients, momentum, scales)
-    assert (scales is None) == (momentum.dtype not in rounding.FORMATS), "FP8 state, and no other, has scales"
+    on_one_device(x, *gradients, momentum, scales, rows)
+    assert rows is None or (rows.is_contiguous() and rows.shape == (n, r, 1)), "a row has one scale"
+    check_scales(momentum, scales)
     drawn = momentum.dtype != torch.float32
     assert not drawn or keys is not None, "what is rounded stochastically needs a key for each matrix"
-    if scales is not None:
-        assert scales.is_contiguous() and scales.shape == (n, triton.cdiv(r * c, SCALED)), "each matrix has its own blocks"
-    if not isinstance(gradients, Addressed):
-        dtype = torch.bfloat16 if all(g.dtype == torch.bfloat16 for g in gradients) else torch.float32
-        gradients = Addressed([g.to(dtype).contiguous() for g in gradients])  # copies must outlive the launch, and here they do
-    kind = tl.float32 if gradients[0].dtype == torch.float32 else tl.bfloat16
+    gradients, kind = readable(gradients)  # copies must outlive the launch, and here they do
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _muon_nesterov[grid(x)](
-            gradients.table, momentum, scales, x, r, c, number(take, x), number(mu, x), *_keys(keys if drawn else None, x),
-            kind, gradients.aligned, rounding.FORMATS.get(momentum.dtype), BLOCK=BLOCK, num_warps=8,
+            gradients.table, momentum, scales, x, rows, float(factor), r, c, number(take, x), number(mu, x),
+            *_keys(keys if drawn else None, x), kind, gradients.aligned, rounding.FORMATS.get(momentum.dtype),
+            WHOLE=c % SCALED == 0, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
 
 

@@ -1,23 +1,27 @@
-"""Muon's passes before and after Polar Express: sums of squares, and rows scaled on their way into fp16.
+"""Muon's passes before and after Polar Express that read sums of squares of rows and columns.
 
-What both norms need of x is a sum of squares for each row, or each column of a wide matrix: one pass that reads 2 bytes a
-parameter in tiles of 4096, and keeps fp32 sums in registers until a row ends. Columns are long, so a program takes PART rows of a
-stripe, and a matrix's partial sums are added in one order: results are the same in every run.
+What both norms need of x is a sum of squares for each row, or each column of a wide matrix: one pass that reads in tiles of 4096,
+and keeps fp32 sums in registers until a row ends. Columns are long, so a program takes PART rows of a stripe, and a matrix's
+partial sums are added in one order: results are the same in every run.
+
+Before Polar Express x is not there yet: the pass reads what x is made of, gradient and momentum, and `muon_nesterov_` behind it
+makes x of the same again and writes it scaled, in the dtype that is worked in. With an FP8 momentum and bf16 gradients that moves 9
+bytes a parameter; to write x, read it for its sums, read it for its scale and write it again would move 12.
 
 All that follows from n·r sums is one launch of a program a matrix, where torch made a dozen, each of them 5 to 10 µs of host. It
 walks over a few thousand sums three times, out of L2: every sum depends on a total over the ones before.
-
-The rows' scale is not a pass of its own: `scale_rows` multiplies by it while it converts bf16 to fp16 for the products.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp8.kernels.muon import BLOCK, grid, number, of_rows, on_one_device
+from nvfp8.kernels import rounding
+from nvfp8.kernels.muon import check_scales, located, number, on_one_device, readable
 from nvfp8.rounding import BLOCK as SCALED
 
 ROW_TILE = (8, 512)
@@ -37,6 +41,38 @@ def _row_squares(X, OUT, ROWS, COLUMNS, HEIGHT: tl.constexpr, WIDTH: tl.constexp
         x = tl.load(lines + column[None, :], (row < ROWS)[:, None] & (column < COLUMNS)[None, :], 0.0).to(tl.float32)
         total += x * x
     tl.store(OUT + row, tl.sum(total, 1), row < ROWS)
+
+
+# Numbers stand anywhere in a table: the compiler is not to care whether 16 divides their addresses.
+@triton.jit(do_not_specialize=["ROWS"], do_not_specialize_on_alignment=["TAKE", "MU"])
+def _nesterov_squares(
+    GRADIENTS, MOMENTUM, SCALES, OUT, ROWS, COLUMNS, TAKE, MU, TYPE: tl.constexpr, ALIGNED: tl.constexpr, FP8: tl.constexpr,
+    WHOLE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    matrix, take, mu = tl.program_id(1), tl.load(TAKE), tl.load(MU)
+    row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    gradient = located(GRADIENTS, matrix, TYPE, ALIGNED)
+    momentum = MOMENTUM + matrix.to(tl.int64) * (ROWS * COLUMNS)
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for first in range(0, COLUMNS, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        at, mask = row[:, None] * COLUMNS + column[None, :], (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+        g = tl.load(gradient + at, mask, 0.0).to(tl.float32)
+        m = tl.load(momentum + at, mask, 0.0).to(tl.float32)
+        if FP8:
+            scales = SCALES + matrix * tl.cdiv(ROWS * COLUMNS, rounding.BLOCK)
+            if WHOLE:  # a row is of whole blocks: one load for each
+                EACH: tl.constexpr = WIDTH // rounding.BLOCK
+                block = first // rounding.BLOCK + tl.arange(0, EACH)
+                many = COLUMNS // rounding.BLOCK
+                scale = tl.load(scales + row[:, None] * many + block[None, :], (row < ROWS)[:, None] & (block < many)[None, :], 0.0)
+                m = tl.reshape(tl.reshape(m, (HEIGHT, EACH, rounding.BLOCK)) * scale[:, :, None], (HEIGHT, WIDTH))
+            else:
+                m *= tl.load(scales + at // rounding.BLOCK, mask, 0.0)
+        m += take * (g - m)
+        x = g + mu * (m - g)
+        total += x * x
+    tl.store(OUT + matrix * ROWS + row, tl.sum(total, 1), row < ROWS)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -72,18 +108,6 @@ def _equilibrium(SQUARES, SCALE, ROWS, SUMS: tl.constexpr):
         at = first + tl.arange(0, SUMS)
         norm = tl.sqrt(tl.load(SQUARES + start + at, at < ROWS, 0.0))
         tl.store(SCALE + start + at, factor / tl.maximum(norm, 1e-6, ALL), at < ROWS)
-
-
-@triton.jit(do_not_specialize=["ROWS"])
-def _scale_rows(X, SCALE, OUT, FACTOR, ROWS, COLUMNS, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    matrix = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < ROWS * COLUMNS
-    start = matrix.to(tl.int64) * (ROWS * COLUMNS)
-    x = tl.load(X + start + at, mask, 0.0).to(tl.float32) * FACTOR
-    if SCALE is not None:
-        x *= of_rows(SCALE + matrix * ROWS, ROWS, COLUMNS, WHOLE, BLOCK)
-    tl.store(OUT + start + at, x.to(OUT.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -139,24 +163,24 @@ def _squares(x: Tensor, by_row: bool) -> Tensor:
     return out
 
 
-def equilibrating_scale(x: Tensor) -> Tensor:
-    """See `nvfp8.reference.equilibrating_scale`; x must be contiguous."""
-    n, r, _ = x.shape
-    scale = torch.empty((n, r, 1), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current one
-        _equilibrium[(n,)](_squares(x, True), scale, r, SUMS=SUMS, num_warps=16)
+def equilibrating_scale(
+    gradients: Sequence[Tensor], momentum: Tensor, scales: Tensor | None, take: float | Tensor, mu: float | Tensor
+) -> Tensor:
+    """See `nvfp8.reference.equilibrating_scale`; `momentum` and `scales` must be contiguous."""
+    n, r, c = momentum.shape
+    assert momentum.is_contiguous(), "sums are taken of contiguous matrices"
+    on_one_device(momentum, *gradients, scales)
+    check_scales(momentum, scales)
+    gradients, kind = readable(gradients)
+    squares, scale = (torch.empty((n, r, 1), dtype=torch.float32, device=momentum.device) for _ in range(2))
+    height, width = ROW_TILE
+    with torch.cuda.device_of(momentum):  # Triton launches on the current one
+        _nesterov_squares[(triton.cdiv(r, height), n)](
+            gradients.table, momentum, scales, squares, r, c, number(take, momentum), number(mu, momentum), kind,
+            gradients.aligned, scales is not None, c % SCALED == 0, HEIGHT=height, WIDTH=width, num_warps=8,
+        )  # fmt: skip
+        _equilibrium[(n,)](squares, scale, r, SUMS=SUMS, num_warps=16)
     return scale
-
-
-def scale_rows_(x: Tensor, scale: Tensor | None, factor: float, out: Tensor) -> Tensor:
-    """See `nvfp8.reference.scale_rows_`; all contiguous."""
-    assert x.shape == out.shape and x.is_contiguous() and out.is_contiguous(), "scale_rows_ works on contiguous memory"
-    assert scale is None or (scale.is_contiguous() and scale.shape == (*x.shape[:2], 1)), "a row has one scale"
-    on_one_device(x, scale, out)
-    _, r, c = x.shape
-    with torch.cuda.device_of(x):
-        _scale_rows[grid(x)](x, scale, out, float(factor), r, c, WHOLE=c % SCALED == 0, BLOCK=BLOCK, num_warps=8)
-    return out
 
 
 def normuon_scale(x: Tensor, second_moment: Tensor, take: float | Tensor) -> Tensor:

@@ -11,19 +11,19 @@ Per matrix (r x c), the steps and where they come from:
 All matrices of one shape go through Polar Express (`nvfp8/polar_express.py`) as one batch, in chunks that keep the workspace
 bounded. On either side of it stands one kernel that takes a whole chunk in one launch, gradients and weights where they are,
 through a table of addresses (`nvfp8/kernels/muon.py`): stacking them would move 24 bytes more a parameter, and a call for each
-matrix made the host the slowest part of a d12 step (docs/log.md). What lies between and is not a GEMM works on sums of squares
-(`nvfp8/kernels/muon_norms.py`), and the rows are scaled while bf16 becomes the fp16 that Polar Express works in.
+matrix made the host the slowest part of a d12 step (docs/log.md). Squares of x are summed before it is there, of what it is made
+of, so that it is written once, scaled and in the fp16 that Polar Express works in; NorMuon's after (`nvfp8/kernels/muon_norms.py`).
 
 Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace:
-    momentum + Nesterov + cast, one kernel            g 4, x 2, and the momentum twice
-    sums of squares of rows; rows scaled              2; 2 + 2                   6
+    sums of squares of rows                           g 4, and the momentum
+    momentum + Nesterov + scale + cast, one kernel    g 4, x 2, and the momentum twice
     Polar Express, beside its GEMMs' operands         "full" 5 (X copied into the GEMM's output) x 4 = 20, "half" and "gram" none
     sums of squares for NorMuon                       2                          2
     descend, one kernel                               x 2, and the weight twice; 2 for FP8 copies where a layer has them
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
     weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
-By "half" and "gram" 32 in all where all is fp32, 24 with an e4m3 momentum and bf16+8 weights, and 20 more by "full"; with bf16
-gradients 2 less. At d24 (680 M) 24 are 16.3 GB, 5.4 ms at the 3.0 TB/s that an H100 copies, beside 15.1 TFLOP of GEMMs ("half" for
+By "half" and "gram" 34 in all where all is fp32, 23 with an e4m3 momentum and bf16+8 weights, and 20 more by "full"; with bf16
+gradients 4 less. At d24 (680 M) 19 are 13 GB, 3.1 ms at the 4.2 TB/s that an H200 copies, beside 15.1 TFLOP of GEMMs ("half" for
 square matrices, "gram" for 1:4).
 
 What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from nvfp8.ops import ops
 from nvfp8.optim.stored import StoredOptimizer
-from nvfp8.polar_express import fastest_products, polar_express, together
+from nvfp8.polar_express import fastest_products, polar_express, together, worked_in
 from nvfp8.reference_optim import Copies
 from nvfp8.state import Master, Stored
 
@@ -255,11 +255,14 @@ class Muon(StoredOptimizer):
         stack, part = chunk.stack, chunk.part
         momentum, scales = (None if buffer is None else buffer[part] for buffer in stack.momentum)
         assert momentum is not None
-        x = torch.empty(momentum.shape, dtype=self.compute_dtype, device=momentum.device)
+        products = self._products(stack)
+        dtype, factor = worked_in(products, self.compute_dtype)
+        x = torch.empty(momentum.shape, dtype=dtype, device=momentum.device)
         passes, keys = ops(x), chunk.numbers.view(torch.int32)
         take, mu, take2, lr, lr_wd = chunk.numbers[0, 2:7].unbind()  # a stack is of one group and one shape
-        passes.muon_nesterov_(chunk.gradients, momentum, scales, x, take, mu, keys[:, 1])
-        x = polar_express(x, self._products(stack), passes.equilibrating_scale(x))
+        rows = passes.equilibrating_scale(chunk.gradients, momentum, scales, take, mu)
+        passes.muon_nesterov_(chunk.gradients, momentum, scales, x, take, mu, keys[:, 1], rows, factor)
+        x = polar_express(x, products, lifted=True)
         scale = passes.normuon_scale(x, stack.second_moment[part], take2)
         kept = None if stack.kept is None else stack.kept[part]
         passes.muon_descend_(chunk.weights, kept, x, scale, lr, lr_wd, keys[:, 0], chunk.copies)

@@ -94,7 +94,10 @@ def call_everything() -> None:
                 if name == "e4m3" and CAPABILITY < 89:  # no instruction converts it
                     continue
                 momentum = codec(name).allocate(x.shape, "cpu", stacked=True)
+                scales = kernels.equilibrating_scale(weights, *momentum, 0.1, 0.9)
                 kernels.muon_nesterov_(weights, *momentum, x.bfloat16(), 0.1, 0.9, keys)
+                for worked_in in (torch.bfloat16, torch.float16):
+                    kernels.muon_nesterov_(weights, *momentum, x.to(worked_in), 0.1, 0.9, keys, scales, 32.0)
             kept = [None]
             if dtype == torch.bfloat16:
                 kept += [torch.zeros_like(x, dtype=m.dtype) for m in MASTERS.values() if m.dtype is not None]
@@ -103,15 +106,7 @@ def call_everything() -> None:
                     kernels.muon_descend_(weights, beside, x.to(computed), scale, 0.1, 0.1, keys)
             for computed in (torch.bfloat16, torch.float16):
                 kernels.normuon_scale(x.to(computed), scale, 0.1)
-            small = torch.zeros(2, 24, 12, dtype=torch.bfloat16)
-            kernels.polar_express_(small, kernels.equilibrating_scale(small), (1.0,) * 15)
-            rows_scale = kernels.equilibrating_scale(x.bfloat16())
-            for given, factor, written in (
-                (rows_scale, 1.0, torch.bfloat16),
-                (rows_scale, 32.0, torch.float16),
-                (None, 32.0, torch.float16),
-            ):
-                kernels.scale_rows_(x.bfloat16(), given, factor, x.to(written))
+            kernels.polar_express_(torch.zeros(2, 24, 12, dtype=torch.bfloat16), (1.0,) * 15)
         if dtype == torch.bfloat16:
             for computed in (torch.bfloat16, torch.float16)[not EVERY :]:
                 x, gram, poly = torch.zeros(2, 768, 3072, dtype=computed), *torch.zeros(2, 2, 768, 768, dtype=computed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvfp8 import polar_express as products
 from nvfp8 import reference
+from nvfp8.state import STATE_DTYPES, codec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -30,6 +31,12 @@ def means(n: int, r: int, c: int) -> Tensor:
     return (x * 0.01).to(DEVICE)
 
 
+def equilibrating(module: ModuleType, x: Tensor) -> Tensor:
+    """The scale of x itself: with μ = 0 it is the gradient."""
+    scale: Tensor = module.equilibrating_scale(list(x), torch.zeros(x.shape, device=x.device), None, 1.0, 0.0)
+    return scale
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several walks over sums, and partial sums, of small matrices."""
@@ -42,7 +49,7 @@ def test_both_scales_are_the_twins(shape: tuple[int, int, int], dtype: torch.dty
     x, start = random(*shape, seed=1, dtype=dtype), means(*shape)
     # Up to 600 · 640 squares, summed in fp32 in two orders, and the roots and quotients of a GPU: 2^-23 each, some tens of them.
     near = {"rtol": 1e-5, "atol": 0.0}
-    torch.testing.assert_close(kernels.equilibrating_scale(x), reference.equilibrating_scale(x), **near)
+    torch.testing.assert_close(equilibrating(kernels, x), equilibrating(reference, x), **near)
     ours, twins = start.clone(), start.clone()
     torch.testing.assert_close(kernels.normuon_scale(x, ours, 0.1), reference.normuon_scale(x, twins, 0.1), **near)
     torch.testing.assert_close(ours, twins, **near)
@@ -52,7 +59,7 @@ def test_both_scales_are_the_twins(shape: tuple[int, int, int], dtype: torch.dty
 @pytest.mark.parametrize("module", [kernels, reference])
 def test_rows_come_to_equal_norm_and_matrices_to_one(module: ModuleType) -> None:
     x = random(2, 40, 300, seed=1)
-    scaled = x.double() * module.equilibrating_scale(x)
+    scaled = x.double() * equilibrating(module, x)
     norms = scaled.norm(dim=-1)
     torch.testing.assert_close(norms, torch.full_like(norms, 1 / 1.01 / math.sqrt(40)), rtol=2e-6, atol=0.0)
 
@@ -75,7 +82,7 @@ def test_normuon_divides_by_the_root_of_the_average_and_keeps_the_norm(module: M
 def test_zeros_stay_finite_and_nan_reaches_its_matrix_alone(module: ModuleType) -> None:
     x = random(3, 20, 30, seed=1)
     x[0], x[1, 3, 4] = 0, torch.nan
-    rows, moment = module.equilibrating_scale(x), means(3, 20, 30)
+    rows, moment = equilibrating(module, x), means(3, 20, 30)
     columns = module.normuon_scale(x, moment, 0.1)
     for scale in (rows, columns):
         assert scale[[0, 2]].isfinite().all() and scale[1].isnan().all()
@@ -83,48 +90,49 @@ def test_zeros_stay_finite_and_nan_reaches_its_matrix_alone(module: ModuleType) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("given", "written"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float32)], ids=str)
-@pytest.mark.parametrize("scaled", [True, False])
-def test_rows_are_scaled_with_one_rounding(
-    shape: tuple[int, int, int], given: torch.dtype, written: torch.dtype, scaled: bool
-) -> None:
-    x = random(*shape, seed=1, dtype=given)
-    scale = torch.rand(*shape[:2], 1, generator=torch.Generator().manual_seed(2)).to(DEVICE) if scaled else None
-    outs = [
-        module.scale_rows_(x, scale, 32.0, torch.full(shape, torch.nan, dtype=written, device=DEVICE))
-        for module in (kernels, reference)
-    ]
-    assert torch.equal(*outs)
-
-
-def test_rows_are_scaled_in_place() -> None:
-    x, scale = random(2, 40, 30, seed=1), torch.rand(2, 40, 1, device=DEVICE)
-    expected = x * scale
-    assert kernels.scale_rows_(x, scale, 1.0, x) is x and torch.equal(x, expected)
+@pytest.mark.parametrize("name", STATE_DTYPES)
+def test_the_scale_is_of_what_the_next_pass_writes(shape: tuple[int, int, int], name: str) -> None:
+    """Of x by a momentum in each format, and nothing is written; x then comes in rows of one norm, rounded once."""
+    n, r, _ = shape
+    stored = codec(name).allocate(shape, DEVICE, stacked=True)
+    keys = list(range(n))
+    kernels.muon_nesterov_(list(random(*shape, seed=1)), *stored, torch.empty(shape, device=DEVICE), 0.5, 0.9, keys)
+    gradients, before = list(random(*shape, seed=2).bfloat16()), [None if s is None else s.clone() for s in stored]
+    scale = kernels.equilibrating_scale(gradients, *stored, 0.1, 0.9)
+    for one, other in zip(stored, before, strict=True):
+        assert one is other is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    twin = reference.equilibrating_scale(gradients, *stored, 0.1, 0.9)
+    torch.testing.assert_close(scale, twin, rtol=1e-5, atol=0.0)
+    written, exact = (torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for dtype in (torch.float16, torch.float32))
+    for module, x in ((kernels, written), (reference, exact)):
+        again = [None if s is None else s.clone() for s in stored]
+        module.muon_nesterov_(gradients, *again, x, 0.1, 0.9, keys, scale, 32.0)
+    torch.testing.assert_close(written.float(), exact, rtol=2**-11 + 2**-18, atol=2**-24)  # fp16's, and its smallest number
+    norms = exact.double().norm(dim=-1)
+    torch.testing.assert_close(norms, norms[:, :1].expand_as(norms), rtol=1e-5, atol=0.0)
+    # What is added to a norm before it divides, 1e-6, shows in small ones.
+    torch.testing.assert_close(norms, torch.full_like(norms, 32 / 1.01 / math.sqrt(r)), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("way", ["full", "half", "gram"])
-def test_polar_express_takes_rows_with_their_scale(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polar_express_takes_what_is_lifted_already(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "ops", lambda x: reference)
     x = random(2, 12, 24, seed=1).cpu()
-    scale = reference.equilibrating_scale(x)
-    torch.testing.assert_close(
-        products.polar_express(x.clone(), way, scale), products.polar_express(x * scale, way), rtol=1e-4, atol=1e-5
-    )
+    x = x * equilibrating(reference, x)
+    dtype, factor = products.worked_in(way, x.dtype)
+    assert (dtype, factor) == (torch.float32, 1.0 if way == "full" else 32.0)
+    assert torch.equal(products.polar_express(x * factor, way, lifted=True), products.polar_express(x.clone(), way))
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 12), (3, 12, 12), (2, 32, 20), (2, 5, 32), (2, 1, 7)])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_a_small_matrix_goes_all_steps_in_one_kernel(shape: tuple[int, int, int], scaled: bool) -> None:
+def test_a_small_matrix_goes_all_steps_in_one_kernel(shape: tuple[int, int, int]) -> None:
     n, r, c = shape
     memory = torch.full((n + 2, r, c), 5.0, device=DEVICE)
     x = memory[1:-1].copy_(random(*shape, seed=1))
-    scale = reference.equilibrating_scale(x) if scaled else None
-    if not scaled:
-        x /= 1.01 * x.norm(dim=(-2, -1), keepdim=True)
-    truth = products._small(x.double().cpu(), None if scale is None else scale.double().cpu())
+    x /= 1.01 * x.norm(dim=(-2, -1), keepdim=True)
+    truth = products._small(x.double().cpu())
     steps = tuple(factor for step in products.POLAR_EXPRESS for factor in step)
-    assert kernels.polar_express_(x, scale, steps) is x
+    assert kernels.polar_express_(x, steps) is x
     # fp32 rounds to 2^-24; the polynomials multiply small singular values, and what was rounded beside them, by 8, 4, 4, 3 and 2.
     assert (x.cpu() - truth).norm() <= 2**-24 * 8 * 4 * 4 * 3 * 2 * truth.norm()
     assert (memory[[0, -1]] == 5).all()
@@ -133,8 +141,10 @@ def test_a_small_matrix_goes_all_steps_in_one_kernel(shape: tuple[int, int, int]
 def test_the_kernels_refuse_what_they_would_get_wrong() -> None:
     x = random(2, 8, 12, seed=1)
     with pytest.raises(AssertionError, match="a row has one scale"):
-        kernels.scale_rows_(x, torch.ones(2, 1, 12, device=DEVICE), 1.0, x)
+        kernels.muon_nesterov_(list(x), x.clone(), None, x, 0.1, 0.9, rows=torch.ones(2, 1, 12, device=DEVICE))
     with pytest.raises(AssertionError, match="one mean a row or column"):
         kernels.normuon_scale(x, torch.ones(2, 12, 1, device=DEVICE), 0.1)
     with pytest.raises(AssertionError, match="contiguous"):
-        kernels.equilibrating_scale(x.mT)
+        kernels.equilibrating_scale(list(x.mT), x.mT, None, 0.1, 0.9)
+    with pytest.raises(AssertionError, match="FP8 state, and no other, has scales"):
+        kernels.equilibrating_scale(list(x), x, torch.ones(2, 1, device=DEVICE), 0.1, 0.9)
