@@ -23,7 +23,7 @@ from nanochat.errors import BadInput, Parser, run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups
 from nanochat.roofline import polar_flops
-from nvfp8.polar_express import SMALL, fastest_products, polar_express, room
+from nvfp8.polar_express import SMALL, fastest_products, polar_express, room, worked_in
 from nvfp8.precision import bf16
 
 WAYS = ("full", "half", "gram")  # of matrices of some size
@@ -62,13 +62,15 @@ def ways(rows: int, columns: int) -> tuple[str, ...]:
 def milliseconds(x: Tensor, products: str, repeats: int) -> tuple[float, float]:
     """Medians of one call on a copy of x, which is not timed: of the GPU alone, and until the call returns."""
     given: list[Tensor] = []
-    gpu = gpu_milliseconds(lambda: polar_express(given.pop(), products), repeats, lambda: given.append(x.clone()))
+    dtype, factor = worked_in(products, x.dtype)
+    x = (x * factor).to(dtype)  # as Muon's first pass writes it
+    gpu = gpu_milliseconds(lambda: polar_express(given.pop(), products, lifted=True), repeats, lambda: given.append(x.clone()))
     host = []
     for _ in range(repeats):
         copy = x.clone()
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        polar_express(copy, products)
+        polar_express(copy, products, lifted=True)
         host.append(1e3 * (time.perf_counter() - begun))
     return gpu, statistics.median(host)
 

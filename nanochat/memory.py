@@ -7,7 +7,8 @@
 What lasts is read off the real thing: the model and both optimizers are built on PyTorch's meta device, whose tensors have sizes
 and no memory, so a new storage format is counted without a word here. Gradients' sums exist from beginning to end of all
 micro-batches but the first; where a step is one micro-batch, they appear as backward goes. So do a further micro-batch's
-gradients of the blocks, beside their sums (`nanochat/micro_batches.py`).
+gradients of the blocks, beside their sums (`nanochat/micro_batches.py`), unless FP8 GEMMs add them themselves: that is counted
+where all of a model's do.
 
 The moments looked at, of which the largest is the peak:
 
@@ -157,7 +158,7 @@ class Counted:
 
         Evaluation is bf16 there, too: 32 MiB from the first one on, which are not counted.
         """
-        return 0 if _in_fp8_alone(self.setup.precision) else _CUBLAS[self.setup.capability >= (9, 0)]
+        return 0 if in_fp8_alone(self.setup.precision) else _CUBLAS[self.setup.capability >= (9, 0)]
 
     def gradients(self) -> Bytes:
         """Gradients of all parameters, as they are summed."""
@@ -235,7 +236,7 @@ def _te_adam(own: NamedOptimizer, choice: str) -> Bytes:
     return {"AdamW: state": state, "AdamW: masters": masters}
 
 
-def _in_fp8_alone(precision: Precision) -> bool:
+def in_fp8_alone(precision: Precision) -> bool:
     """Whether all products of a step are FP8 GEMMs of our own: each adds a weight's gradient to those there are."""
     return isinstance(precision, FP8Precision) and not (precision.recipe.bf16 or precision.head_in_bf16 or precision.emulated)
 
@@ -256,7 +257,7 @@ def predict(setup: Setup, counted: Counted | None = None) -> Prediction:
     head = activations.head(precision, batch)
     lasting, gradients = counted.lasting(), counted.gradients()
     summed = gradients if setup.accumulation > 1 else {}
-    apart = 0 if _in_fp8_alone(precision) else summed.get("gradients: matrices", 0)
+    apart = 0 if in_fp8_alone(precision) else summed.get("gradients: matrices", 0)
     again = {"gradients: matrices, before they are added": apart}
     of_block = {what: size / shape.n_layer for what, size in again.items()}
     late = gradients if not setup.update_early else _sum(counted.tables_gradients(), counted.early())

@@ -4,8 +4,8 @@
 
 Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
 layers; the efficiencies of an H200 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
-the same part of its own peaks. That is the weakest assumption here. An H200 is predicted within 9 %: too fast at small widths,
-whose GEMMs reach less (own FP8: d8 8 %, d12 4 %, d24 1 %). An H100 is predicted within 4 %, of whose ten runs two had a part in
+the same part of its own peaks. That is the weakest assumption here. An H200 is predicted within 6 %: too fast at small widths,
+whose GEMMs reach less (bf16 and own FP8 at d8: 5 and 3 %), too slow by 3 % for own FP8 at d24. An H100 is predicted within 4 %, of whose ten runs two had a part in
 what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in
 whole runs.
 
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from nanochat.gemm_formats import copies, flops_in_fp8, made_again
 from nanochat.gpt import GPTConfig
-from nanochat.memory import Counted
+from nanochat.memory import Counted, in_fp8_alone
 from nanochat.state_formats import NANOCHAT, SMALL, StateFormats
 from nvfp8.hardware import Peaks
 from nvfp8.head import CHUNK_BYTES
@@ -96,7 +96,9 @@ def work(counted: Counted, rows: int) -> Work:
     in_fp8, again = flops_in_fp8(counted.model), made_again(counted.model)
     written = ((p, copies(precision, name)) for name, p in counted.model.named_parameters())
     cast = sum(p.numel() * (2 + layouts) for p, layouts in written if layouts)  # a weight in bf16, and its copies
-    added = 3 * precision.matrix_dtype.itemsize * (matrices + head)
+    muons = [p for group in counted.muon.param_groups for p in group["params"]]
+    copied = sum(p.numel() for p in muons if counted.products(p.shape) == "full")
+    added = 3 * precision.matrix_dtype.itemsize * (head + (0 if in_fp8_alone(precision) else matrices))  # FP8 GEMMs add themselves
     between = _between(shape, precision, tokens, matrices, head, te_head) + again * _AGAIN * tokens * shape.n_embd
     return Work(
         fp8=(in_fp8 + again * 8 * shape.n_embd**2) * tokens,  # c_fc (4D, D) once more
@@ -105,9 +107,11 @@ def work(counted: Counted, rows: int) -> Work:
         moved=between + added,
         added=added,
         polar=_polar(counted),
-        # States are read and written, gradients looked at and read, weights read and written; Muon's x is passed over 8 times.
-        updated=2 * sum(counted.states.values()) + 2 * sum(counted.gradients().values())
-        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 32 * matrices + cast,
+        # States are read and written, Muon's once more for its rows' norms; gradients are looked at and read, its once more, too;
+        # weights are read and written; Muon's x is written, read for NorMuon's norms and read, and copied by full products.
+        updated=2 * sum(counted.states.values()) + counted.states["Muon: state"]
+        + 2 * sum(counted.gradients().values()) + counted.gradients()["gradients: matrices"]
+        + 2 * sum(p.nbytes for p in counted.model.parameters()) + 6 * matrices + 20 * copied + cast,
     )  # fmt: skip
 
 
@@ -129,7 +133,7 @@ def _between(shape: GPTConfig, precision: Precision, tokens: int, matrices: int,
         moved += (8 + (2 if scaling == "current" else 0)) * logits  # the loss reads and writes them, then they are quantized
     elif isinstance(precision, FP8Precision) and len(precision.head_in_bf16) < len(GEMMS):
         chunks = max(1, logits // CHUNK_BYTES)
-        moved += 6 * logits + (chunks - 1) * 12 * head  # read for the loss and for its gradient; a chunk's dW is added
+        moved += 6 * logits + (chunks - 1) * 4 * head  # read for the loss and its gradient; dW is added in a GEMM
     else:
         chunks = max(1, logits * precision.compute_dtype.itemsize // CHUNK_BYTES)
         moved += 4 * logits + chunks * 8 * head  # dW is read and written once a chunk

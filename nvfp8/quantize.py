@@ -185,8 +185,8 @@ class Projection:
         w: site of the weight.
         dy: site of the output's gradient.
         in_bf16: those of the three that stay in bf16, not all; only `fp8_layers._Linear` and the head compute such.
-        adding: whether backward adds dW to the gradients there are, in its GEMM, rather than hand it to autograd. Then hooks and
-            `torch.autograd.grad` do not see it: it is for a loop that sums micro-batches.
+        adding: whether backward adds dW to the gradients there are, in its GEMM, rather than hand it to autograd. Then tensor hooks
+            and `torch.autograd.grad` do not see it: it is for a loop that sums micro-batches.
     """
 
     def __init__(

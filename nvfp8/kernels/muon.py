@@ -9,7 +9,7 @@ updated and encoded with new scales in registers: no program needs another's max
 compiler knows nothing; ALIGNED says that all are multiples of 16 bytes, for without it every element would be a load of its own.
 Hyperparameters and the keys of stochastic rounding, one a matrix, are read from memory too: a schedule compiles nothing anew, and
 the same launches, captured in a CUDA graph, do for every step. Shapes are plain integers (of the columns alone the compiler learns
-whether 16 divides them).
+whether 16 divides them, and where rows are scaled or FP8 is decoded by rows, whether 128 does).
 
 Where layers keep FP8 copies of a weight, the second pass writes them too. Then the 4096 elements are a tile of 64 × 64, for a row
 of a transpose is a column of the matrix: 64 bytes side by side in both copies. Elements draw the same bits as without.

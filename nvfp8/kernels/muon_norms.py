@@ -177,7 +177,7 @@ def equilibrating_scale(
     with torch.cuda.device_of(momentum):  # Triton launches on the current one
         _nesterov_squares[(triton.cdiv(r, height), n)](
             gradients.table, momentum, scales, squares, r, c, number(take, momentum), number(mu, momentum), kind,
-            gradients.aligned, scales is not None, c % SCALED == 0, HEIGHT=height, WIDTH=width, num_warps=8,
+            gradients.aligned, scales is not None, scales is not None and c % SCALED == 0, HEIGHT=height, WIDTH=width, num_warps=8,
         )  # fmt: skip
         _equilibrium[(n,)](squares, scale, r, SUMS=SUMS, num_warps=16)
     return scale

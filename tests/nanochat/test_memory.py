@@ -172,6 +172,15 @@ def test_the_fp8_head_is_counted_by_what_it_keeps_in_fp8() -> None:
     assert without.lines["FP8 copies of weights, both layouts"] == 2 * 12 * 12 * 768**2
 
 
+def test_gradients_that_gemms_add_exist_once() -> None:
+    line = "gradients: matrices, before they are added"
+    first = {
+        name: predict(setup(12, 1, precision)).moments["backward of the first block"][line]
+        for name, precision in (("fp8", fp8(DELAYED)), ("partly", fp8(recipe("delayed", bf16=("h.3",)))), ("bf16", bf16()))
+    }
+    assert first["fp8"] == 0 < first["partly"] < first["bf16"]  # bf16 gradients, and fp32 ones
+
+
 def test_relu_squared_made_again_is_not_counted_as_kept() -> None:
     kept, again = (predict(setup(24, 16, fp8(DELAYED, recompute=recompute))) for recompute in (False, True))
     layer = 4 * 16 * 2048 * 1536  # of 24; while a layer's is made again, it is there

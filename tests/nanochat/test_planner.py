@@ -93,10 +93,10 @@ def test_the_plan_of_a_run_that_was_made() -> None:
     lines = report(device("h100"), D12, [made], None)
     text = "\n".join(lines)
     assert "PREDICTED" in text and "MEASURED" in text
-    assert next(line for line in lines if "48cd68f" in line).endswith("err by -0.6% and -1.4%")
+    assert next(line for line in lines if "48cd68f" in line).endswith("err by -0.6% and -1.3%")
     longer = row("h100", replace(D12, total_batch_size=2**20), rows=32)  # compared at the 8 micro-batches that were measured
     assert next(line for line in report(device("h100"), D12, [longer], None) if "48cd68f" in line).endswith(
-        "err by -0.6% and -1.4%"
+        "err by -0.6% and -1.3%"
     )
     assert all(len(line) < 160 for line in lines)
 

@@ -141,7 +141,7 @@ def test_a_floor_counts_what_queries_see_and_the_optimizers_once() -> None:
     assert thrice.gemms["bf16"] - once.gemms["bf16"] == pytest.approx(2 * done.bf16)
     assert sum(thrice.moved.values()) - sum(once.moved.values()) == pytest.approx(2 * done.moved)
     assert thrice.moved["optimizers' kernels"] == once.moved["optimizers' kernels"] == done.updated
-    assert once.moved["additions (gradients)"] == done.added == 3 * 2 * (2 * 12 * 128**2 + 256 * 128 + 24)  # blocks, head, a gate
+    assert once.moved["additions (gradients)"] == done.added == 3 * 2 * 256 * 128  # lm_head's: FP8 GEMMs add others
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of what a CPU can record")

@@ -55,7 +55,8 @@ def test_a_product_is_added_to_what_there_is(dtype: torch.dtype, emulated: bool)
     exact = 100 + a.double() @ b.double().t()
     assert float((out.double() - exact).norm() / exact.norm()) < (2**-8 if dtype == torch.bfloat16 else 2**-12)
     product = fp8_matmul(a, b, one, one, dtype, False, emulated=emulated)
-    assert torch.equal(out, torch.full_like(out, 100.0) + product), "as by a GEMM and an addition"
+    if emulated or dtype == torch.float32:  # in 16 bits the library may leave out the product's own rounding
+        assert torch.equal(out, torch.full_like(out, 100.0) + product), "as by a GEMM and an addition"
     with pytest.raises(ValueError, match="added to what there is"):
         fp8_matmul(a, b, one, one, dtype, False, emulated=emulated, add=True)
     with pytest.raises(ValueError, match=r"is written to torch\.float16"):
