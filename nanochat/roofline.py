@@ -5,9 +5,9 @@
 Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
 layers; the efficiencies of an H200 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
 the same part of its own peaks. That is the weakest assumption here. An H200 is predicted within 6 %: too fast at small widths,
-whose GEMMs reach less (bf16 and own FP8 at d8: 5 and 3 %), too slow by 3 % for own FP8 at d24. An H100 is predicted within 4 %, of whose ten runs two had a part in
-what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in
-whole runs.
+whose GEMMs reach less (bf16 and own FP8 at d8: 5 and 3 %), too slow by 3 % for own FP8 at d24. An H100 is predicted within 4 %, of
+whose ten runs two had a part in what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels
+where Hopper reaches 60 to 75 % in whole runs.
 
 Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a
 second; over seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
