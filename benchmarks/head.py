@@ -8,8 +8,8 @@ also takes fp8-but-fprop, fp8-but-dgrad and fp8-but-wgrad, which leave that GEMM
 
 The floor is the three FP8 GEMMs, each alone on a chunk's rows, and the bytes that no head goes below but by a loss in a GEMM's
 epilogue, at the rate of a copy: logits read twice (for their sum, then for the gradient, and no L2 holds them between), their
-gradient written in two layouts; and of each chunk but one the addition of its dW in fp32. `loss_ms` is the kernels of that, without
-the addition.
+gradient written in two layouts; and of each chunk but one the dW that its GEMM reads, in fp32, to add to it. `loss_ms` is the
+loss's kernels.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import copy_bandwidth, gpu_milliseconds
+from benchmarks.timing import check_fp8, copy_bandwidth, gpu_milliseconds
 from nanochat.errors import BadInput, Parser, run
 from nvfp8 import head as head_module
+from nvfp8.fp8_head import PARTS
 from nvfp8.head import LinearCrossEntropy, chunk_rows
 from nvfp8.matmul import fp8_matmul
 from nvfp8.ops import ops
@@ -48,8 +49,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.chunk_mib, args.repeats) < 1:
         raise BadInput("--chunk-mib and --repeats must be at least 1")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise BadInput("this times FP8 GEMMs, and torch finds no CUDA device that has them (8.9 or newer)")
+    check_fp8()
     return args
 
 
@@ -92,29 +92,30 @@ def floor(tokens: int, width: int, repeats: int, copy: float) -> dict[str, float
         return torch.randn(shape, device="cuda").to(dtype)
 
     rows, one = min(tokens, chunk_rows(VOCAB, torch.float8_e5m2)), torch.ones((), device="cuda")
+    part = rows // PARTS
     x, w = operand(torch.float8_e4m3fn, rows, width), operand(torch.float8_e4m3fn, VOCAB, width)
     x_t, w_t = x.t().contiguous(), w.t().contiguous()
     q = operand(torch.float8_e5m2, rows, VOCAB)
     q_t = q.t().contiguous()
     times = {}
     for name, a, b, dtype, fast in (
-        ("fprop", x[: rows // 4], w, torch.bfloat16, True), ("dgrad", q, w_t, torch.bfloat16, False),
+        ("fprop", x[:part], w, torch.bfloat16, True), ("dgrad", q, w_t, torch.bfloat16, False),
         ("wgrad", q_t, x_t, torch.float32, False),
     ):  # fmt: skip
         times[name] = gpu_milliseconds(partial(fp8_matmul, a, b, one, one, dtype, fast), repeats) * tokens / a.shape[0]
     times["wgrad"] *= VOCAB / rows  # its rows are the vocabulary's: once a chunk
-    logits, targets = operand(torch.bfloat16, rows // 4, VOCAB), torch.randint(VOCAB, (rows // 4,), device="cuda")
-    scale, losses = torch.tensor(OF_LOGITS, device="cuda"), torch.empty(rows // 4, device="cuda")
+    logits, targets = operand(torch.bfloat16, part, VOCAB), torch.randint(VOCAB, (part,), device="cuda")
+    scale, losses = torch.tensor(OF_LOGITS, device="cuda"), torch.empty(part, device="cuda")
     loss = partial(
-        ops(logits).softcap_cross_entropy_quantize, logits, targets, losses, VOCAB, SOFTCAP, scale, None, q[: rows // 4],
-        q_t[:, : rows // 4],
+        ops(logits).softcap_cross_entropy_quantize, logits, targets, losses, VOCAB, SOFTCAP, scale, None, q[:part],
+        q_t[:, :part],
     )  # fmt: skip
-    bytes_ms = 1e3 * (6 * tokens * VOCAB + 12 * (tokens / rows - 1) * VOCAB * width) / copy
+    bytes_ms = 1e3 * (6 * tokens * VOCAB + 4 * (tokens / rows - 1) * VOCAB * width) / copy
     gemms = sum(times.values())
     return {
         **{f"{name}_ms": round(ms, 3) for name, ms in times.items()},
         "GEMMs_TFLOP_s": round(6 * tokens * VOCAB * width / gemms / 1e9),
-        "loss_ms": round(gpu_milliseconds(loss, repeats) * 4 * tokens / rows, 3), "bytes_ms": round(bytes_ms, 3),
+        "loss_ms": round(gpu_milliseconds(loss, repeats) * tokens / part, 3), "bytes_ms": round(bytes_ms, 3),
         "floor_ms": round(gemms + bytes_ms, 3), "copy_GB_s": round(copy / 1e9),
     }  # fmt: skip
 

@@ -127,25 +127,28 @@ def _alignment(x: Tensor) -> int:
     return min(256, x.data_ptr() & -x.data_ptr())
 
 
-class _Product:
-    """A product of matrices of some shapes, and the algorithm for it.
+class Product:
+    """A product of matrices of some shapes, and the algorithms for it.
 
     The library counts by columns: what it calls A is `right`, B is `left`, and C and D are out, all transposed.
+
+    Attributes:
+        proposals: the library's algorithms, what it thinks the best one first; none where it has none.
+        chosen: the fastest of them, once that is known.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, out: Tensor, fast: bool, alignments: tuple[int, int, int]):
+    def __init__(self, left: Tensor, right: Tensor, out: Tensor, fast: bool):
+        """Ask the library; arguments as of `matmul`."""
         self.b, self.a, self.d = _layout(left), _layout(right), _layout(out)
         self.description = _Described("MatmulDesc", _COMPUTE_32F, _TYPES[torch.float32])
         self.description.set(_TRANSPOSE_A, c_int32(_by_columns(right)))
         self.description.set(_TRANSPOSE_B, c_int32(_by_columns(left)))
         self.description.set(_FAST_ACCUMULATION, c_int8(fast))
         self.handle = _handle(out.device.index)
-        of_left, of_right, of_out = alignments
-        self.proposals = self._propose((of_right, of_left, of_out, of_out))
+        self.proposals = self._propose([_alignment(x) for x in (right, left, out, out)])
         self.chosen: int | None = None
 
-    def _propose(self, alignments: tuple[int, ...]) -> list[_Proposal]:
-        """Ask the library for algorithms, what it thinks the best one first; none where it has none."""
+    def _propose(self, alignments: list[int]) -> list[_Proposal]:
         preference, found, count = _Described("MatmulPreference"), (_Proposal * ALGORITHMS)(), c_int()
         preference.set(_MOST_WORKSPACE, c_size_t(WORKSPACE))
         preference.set(_REDUCTIONS, c_int32(_IN_COMPUTE_TYPE))
@@ -165,7 +168,7 @@ class _Product:
             self.description.set(which, c_void_p(None if scale is None else scale.data_ptr()))
 
     def run(self, which: int, left: Tensor, right: Tensor, out: Tensor, added: Tensor | None, alpha: float) -> None:
-        """Launch it by one of the proposed algorithms."""
+        """Launch it by one of the proposed algorithms: `out` becomes alpha · left · right, plus `added`, laid out as `out` is."""
         algorithm, room = self.proposals[which].algorithm, self.proposals[which].workspace
         c, beta = (out, 0.0) if added is None else (added, 1.0)
         workspace = torch.empty(room, dtype=torch.uint8, device=out.device)
@@ -191,7 +194,7 @@ class _Product:
         return times.index(min(times))
 
 
-_products: dict[tuple[Any, ...], _Product] = {}
+_products: dict[tuple[Any, ...], Product] = {}
 _lock = Lock()  # the numbers of a call are set before it
 _timing = True
 
@@ -243,14 +246,13 @@ def matmul(
         return out if add else out.zero_()
     if _by_columns(out):
         raise ValueError("the result must have contiguous rows")
-    alignments = _alignment(left), _alignment(right), _alignment(out)
-    key = (out.device, fast, alignments, *((x.dtype, x.shape, x.stride()) for x in (left, right, out)))
+    key = (out.device, fast, *((x.dtype, x.shape, x.stride(), _alignment(x)) for x in (left, right, out)))
     added = out if add else None
     with torch.cuda.device_of(out), _lock:
         if (product := _products.get(key)) is None:
             if len(_products) == KEPT:
                 del _products[next(old for old, product in _products.items() if product.chosen is None)]
-            product = _products[key] = _Product(left, right, out, fast, alignments)
+            product = _products[key] = Product(left, right, out, fast)
         if not product.proposals:
             shapes = f"{tuple(left.shape)} {left.dtype} · {tuple(right.shape)} {right.dtype} to {out.dtype}"
             raise RuntimeError(f"cuBLASLt has no algorithm for {shapes}")

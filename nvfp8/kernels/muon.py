@@ -196,8 +196,8 @@ class Addressed(list[Tensor]):
 def addressed(tensors: Sequence[Tensor], copies: Sequence[Copies | None] | None = None) -> Sequence[Tensor]:
     """See `nvfp8.reference.addressed`; gradients that a launch has to convert first stay as they are."""
     kind = tensors[0].dtype
-    readable = kind in (torch.float32, torch.bfloat16) and all(t.is_contiguous() and t.dtype == kind for t in tensors)
-    return Addressed(tensors, copies or ()) if readable else tensors
+    plain = kind in (torch.float32, torch.bfloat16) and all(t.is_contiguous() and t.dtype == kind for t in tensors)
+    return Addressed(tensors, copies or ()) if plain else tensors
 
 
 def readable(gradients: Sequence[Tensor]) -> tuple[Addressed, Any]:

@@ -20,8 +20,9 @@ def test_each_head_leaves_in_bf16_what_its_name_says() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_one_line() -> None:
-    done = forked.run(COMMAND, os.environ)
+@pytest.mark.parametrize("name", ["head", "products"])
+def test_without_a_gpu_it_is_one_line(name: str) -> None:
+    done = forked.run(["-m", f"benchmarks.{name}", "--repeats", "2"], os.environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: this times FP8 GEMMs, and torch finds no CUDA device that has them (8.9 or newer)\n"
 

@@ -15,6 +15,7 @@ from nanochat import ahead
 from nanochat.build import build_model, build_optimizers
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.param_groups import groups, ownership
+from nvfp8 import cublaslt
 from nvfp8.hardware import missing
 from nvfp8.precision import Precision, bf16, fp8, te
 from nvfp8.recipe import RECIPES
@@ -33,6 +34,13 @@ def ran(cache: Path, *arguments: str) -> Any:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
+
+
+def test_no_product_is_timed_beside_compilers() -> None:
+    assert cublaslt._timing
+    with ahead._Compilers(1) as compilers, ahead._launching_nothing(compilers):
+        assert not cublaslt._timing
+    assert cublaslt._timing
 
 
 def test_a_miniature_asks_for_all_that_two_steps_launch(tmp_path: Path) -> None:

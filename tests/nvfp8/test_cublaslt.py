@@ -39,7 +39,7 @@ def test_a_proposal_is_as_large_as_the_library_writes_it() -> None:
     assert ctypes.sizeof(cublaslt._Proposal) == 96 and cublaslt._Proposal.state.offset == 72
 
 
-def product_of(a: Tensor, b: Tensor, out: Tensor, **more: object) -> cublaslt._Product:
+def product_of(a: Tensor, b: Tensor, out: Tensor, **more: object) -> cublaslt.Product:
     """What a product of FP8 operands (M, K) and (N, K) is remembered as, once it was computed."""
     cublaslt.matmul(a, b.t(), out, **more)  # type: ignore[arg-type]
     (product,) = cublaslt._products.values()
