@@ -171,7 +171,7 @@ def _fp8_head(precision: FP8Precision, batch: MicroBatch) -> Head:
         {
             "the stream before the last norm": batch.x,
             "head: its input and dx": 2 * batch.x,
-            "head: its input in FP8, a chunk": 2 * chunk / shape.padded_vocab * shape.n_embd,
+            "head: its input in FP8, a chunk": chunk / shape.padded_vocab * shape.n_embd,
             "head: a chunk's gradient in FP8, by layouts": layouts * chunk,
             "head: logits of a part of the chunk": 2 * chunk / PARTS,  # bf16
             "head: dW in fp32": weight * 4,

@@ -10,8 +10,12 @@ for 132 multiprocessors. More would make the head the step's peak by more.
 
 * **No amax pass.** x̂ comes from a norm, so |x̂| ≤ √D; a weight is measured when it is cast, once a step; and no element of that
   gradient is above 1, whatever the batch. 1 / valid tokens and the accumulation's factor are left to the GEMM's scale, so they
-  never meet the format. 2¹⁵ brings 1 to 32,768: nothing saturates at 57,344, and 2⁻³² is the least probability that is not lost
-  (the mean one is 2⁻¹⁵ in a vocabulary of 32,768). E4M3 would lose what is below 2⁻¹⁹.
+  never meet the format.
+* **Logits are read once.** The softmax's denominator is known when its kernel has seen all of a row, so a row's codes stand over
+  the part of it that is known before, and `factors`, in 0 … 1, multiply the row of dx behind the GEMM, and the row of x̂ that meets
+  the codes' transpose (`nvfp8/kernels/cross_entropy_fp8.py`). A scale of 2⁸ divides E5M2's 32 powers of two: 224 is how far the
+  known part may be below the sum (32 where all logits are equal), and 2⁻²⁵ is the least probability that is not lost where it is
+  not below at all (the mean one is 2⁻¹⁵ in a vocabulary of 32,768), 2⁻³⁰ where it is 1/32. E4M3 has not the room.
 * **Logits are bf16, softcap and softmax fp32** in the kernel's registers: the FP8 operands err by 2⁻⁴ each way, bf16 by 2⁻⁹ of the
   sum of D of their products; but a softmax of bf16 exponentials would not sum to 1.
 * **Each GEMM may stay in bf16**: `bf16=lm_head` in a recipe leaves all (this file is not used then), `bf16=lm_head:dgrad` one.
@@ -104,38 +108,49 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             dw, or None where no gradient is wanted.
         """
         projection, w = self.projections[0], self.projections[0].weight()
-        site, recipe = projection.x, projection.recipe
+        site, dy, recipe = projection.x, projection.dy, projection.recipe
         in_fp8 = {gemm: gemm not in projection.in_bf16 for gemm in GEMMS}
-        kernels = site.kernels(x)
-        x_q, x_t = kernels.quantize(
-            x, site.scale, site.dtype, site.amax, rows=in_fp8["fprop"], columns=in_fp8["wgrad"] and dx is not None
-        )
-        shape, dy = (len(x), len(weight)), projection.dy
-        q = torch.empty(shape, dtype=dy.dtype, device=x.device) if in_fp8["dgrad"] and dx is not None else None
-        q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device) if in_fp8["wgrad"] and dx is not None else None
+        kernels, shape = site.kernels(x), (len(x), len(weight))
+        x_q = x_t = q = q_t = factors = None
+        if in_fp8["fprop"]:
+            x_q, _ = kernels.quantize(x, site.scale, site.dtype, site.amax, rows=True, columns=False)
+        if dx is not None and in_fp8["dgrad"]:
+            q = torch.empty(shape, dtype=dy.dtype, device=x.device)
+        if dx is not None and in_fp8["wgrad"]:
+            q_t = torch.empty(shape[::-1], dtype=dy.dtype, device=x.device)
+        if q is not None and q_t is not None:
+            factors = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for start in range(0, len(x), rows := chunk_rows(len(weight), dy.dtype) // PARTS):
             part = slice(start, start + rows)
             logits = matmul(x[part], weight.t()) if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
-            if q is None and q_t is None:
-                of_bf16 = None if dx is None else factor
-                losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, of_bf16)
-            else:
+            if dx is None:
+                losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, None)
+            elif q is not None and q_t is not None and factors is not None:
                 kernels.softcap_cross_entropy_quantize(
-                    logits, targets[part], losses[part], self.vocab, self.softcap, dy.scale,
-                    factor if q is None or q_t is None else None,
-                    None if q is None else q[part], None if q_t is None else q_t[:, part],
-                )  # fmt: skip
-            if dx is not None and q is None:
-                matmul(logits, weight, dx[part])
-            if dx is not None and q_t is None:
-                dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
-                add_matmul_(dw, logits.t(), x[part])
+                    logits, targets[part], losses[part], factors[part], self.vocab, self.softcap, dy.scale, q[part], q_t[:, part]
+                )
+            else:  # the gradient in bf16 over the logits; of it, codes for the GEMM that is in FP8
+                losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, factor)
+                if q is not None:
+                    q[part], _ = kernels.quantize(logits, dy.scale / factor, dy.dtype, None, rows=True, columns=False)
+                else:
+                    matmul(logits, weight, dx[part])
+                if q_t is not None:
+                    _, q_t[:, part] = kernels.quantize(logits, dy.scale / factor, dy.dtype, None, rows=False, columns=True)
+                else:
+                    dw = torch.zeros_like(weight, dtype=torch.float32) if dw is None else dw
+                    add_matmul_(dw, logits.t(), x[part])
             del logits  # before the next part's are made
         if dx is not None and q is not None:
             assert w.t is not None
             # Promoted to fp32 whatever the recipe says of dgrad: this one sums over the vocabulary.
             fp8_matmul(q, w.t, inverse, w.inverse, dx.dtype, False, emulated=projection.emulated, out=dx)
-        if q_t is not None and x_t is not None:
+            if factors is not None:
+                kernels.scale_rows_(dx, factors)
+        if q_t is not None:
+            x_t = kernels.quantize(
+                x, site.scale, site.dtype, site.amax if x_q is None else None, rows=False, columns=True, factors=factors
+            )[1]
             dw = fp8_matmul(
                 q_t, x_t, inverse, site.inverse, torch.float32, recipe.wgrad.fast_accumulation, emulated=projection.emulated,
                 out=dw, add=dw is not None,

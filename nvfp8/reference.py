@@ -25,6 +25,7 @@ from nvfp8.reference_fp8 import quantize as quantize
 from nvfp8.reference_fp8 import quantize_rows as quantize_rows
 from nvfp8.reference_fp8 import relu_squared_backward_quantize as relu_squared_backward_quantize
 from nvfp8.reference_fp8 import relu_squared_quantize as relu_squared_quantize
+from nvfp8.reference_fp8 import scale_rows_ as scale_rows_
 from nvfp8.reference_fp8 import softcap_cross_entropy_quantize as softcap_cross_entropy_quantize
 from nvfp8.reference_math import NORM_EPS as NORM_EPS
 from nvfp8.reference_math import QK_SCALE as QK_SCALE

@@ -28,6 +28,10 @@ from nvfp8.reference_math import (
 )
 from nvfp8.rounding import FORMATS
 
+# Entries of a vocabulary whose share of a row's Σ exp(z) is known before the rest is. The first: a tokenizer of byte pairs numbers
+# entries as it finds them, so these are the most frequent ones.
+SAMPLE = 1024
+
 
 def amax_(x: Tensor, amax: Tensor) -> None:
     """Raise `amax` to the largest magnitude of x, in place: the pass over memory that current scaling pays.
@@ -42,7 +46,7 @@ def amax_(x: Tensor, amax: Tensor) -> None:
 
 
 def quantize(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool, factors: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """A tensor to FP8, as it lies, transposed, or both.
 
@@ -53,13 +57,14 @@ def quantize(
         amax: 0-D fp32, raised in place, or None.
         rows: whether (M, N) is wanted.
         columns: whether (N, M) is wanted.
+        factors: (M,) fp32 that multiply the rows of x, unseen by `amax`; or None.
 
     Returns:
         q (M, N) or None, qᵀ (N, M) or None.
     """
     if amax is not None:
         amax_(x, amax)
-    codes = _codes(wide(x), scale, dtype)
+    codes = _codes(wide(x), scale if factors is None else scale * factors[:, None], dtype)
     return codes if rows else None, codes.t().contiguous() if columns else None
 
 
@@ -380,32 +385,60 @@ def _product(x_q: Tensor, w_q: Tensor, inverse: Tensor) -> Tensor:
 
 
 def softcap_cross_entropy_quantize(
-    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor, factor: Tensor | None,
-    q: Tensor | None, q_t: Tensor | None,
-) -> None:  # fmt: skip
-    """Cross-entropy of softcapped logits, and its gradient in FP8, as it lies, transposed, or both.
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    factors: Tensor,
+    vocab: int,
+    softcap: float,
+    scale: Tensor,
+    q: Tensor,
+    q_t: Tensor,
+) -> None:
+    """Cross-entropy of softcapped logits, and its gradient in FP8, as it lies and transposed, every row to a factor of its own.
 
     As `softcap_cross_entropy_`, but what every token's gradient is multiplied by (1 / valid tokens) is left to the GEMMs: without
-    it no element is above 1, so one scale serves every batch and nothing is measured.
+    it no element is above 1, so one scale serves every batch and nothing is measured. A row's gradient is q · factor / scale.
+
+    Codes are made over the part of Σ exp(z) that is known before all logits are read: of the first SAMPLE entries, and of the
+    target if it is another; over all of it where one could be above the format's largest. The factor is that part's share of the
+    sum, times what makes the target's code, the row's largest, exact: 7/8 … 8/7.
 
     Args:
         logits: (M, V') with V' ≥ vocab, contiguous.
-        targets: (M,) int64; −1 is ignored: loss 0, gradient 0.
+        targets: (M,) int64; −1 is ignored: loss 0, gradient 0, factor 0.
         losses: (M,) fp32 to write, in nats.
+        factors: (M,) fp32 to write, in 0 … 8/7.
         vocab: V; columns from V on are padding: not in the sum, gradient 0.
         softcap: c.
-        scale: 0-D fp32, of the gradient in FP8.
-        factor: 0-D fp32; where it is given, logits are overwritten with factor · gradient for a GEMM in their own dtype.
-        q: (M, V') FP8 to write, contiguous, or None.
-        q_t: (V', M) to write, rows contiguous but maybe part of longer ones, or None; not both None.
+        scale: 0-D fp32, of the gradient in FP8; no code over the whole sum is above it.
+        q: (M, V') FP8 to write, contiguous.
+        q_t: (V', M) to write, rows contiguous but maybe part of longer ones.
     """
-    of_tokens, gradient = softcap_loss(wide(logits[:, :vocab]), targets, softcap, True)
+    wide_logits = wide(logits[:, :vocab])
+    of_tokens, gradient = softcap_loss(wide_logits, targets, softcap, True)
     assert gradient is not None
     losses.copy_(of_tokens)
-    gradient = torch.nn.functional.pad(gradient, (0, logits.shape[1] - vocab))
-    if q is not None:
-        q.copy_(_codes(gradient, scale, q.dtype))
-    if q_t is not None:
-        q_t.copy_(_codes(gradient, scale, q_t.dtype).t())
-    if factor is not None:
-        logits.copy_(gradient * factor)
+    exponentials = (softcap * torch.tanh(wide_logits / softcap)).exp()
+    of_target = exponentials.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    known = exponentials[:, :SAMPLE].sum(1) + torch.where(targets < SAMPLE, 0.0, of_target)
+    over = exponentials.sum(1) / known
+    smallest, _, largest = FORMATS[q.dtype]
+    over = torch.where(over * scale > largest, 1.0, over)
+    gradient = torch.nn.functional.pad(gradient * over[:, None], (0, logits.shape[1] - vocab))
+    codes, at_target = _codes(gradient, scale, q.dtype), targets.clamp_min(0)[:, None]
+    exact, rounded = (scale * gradient).gather(1, at_target)[:, 0], wide(codes).gather(1, at_target)[:, 0]
+    correction = torch.where(rounded.abs() >= 2.0**smallest, exact / rounded, 1.0)
+    factors.copy_(torch.where(targets < 0, 0.0, correction / over))
+    q.copy_(codes)
+    q_t.copy_(codes.t())
+
+
+def scale_rows_(x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply every row of x by a factor of its own, in place.
+
+    Args:
+        x: (M, N) bf16 or fp32, contiguous.
+        factors: (M,) fp32.
+    """
+    return x.copy_(wide(x) * factors[:, None])

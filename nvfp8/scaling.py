@@ -18,7 +18,7 @@ What is known without any history:
   the scale must be known before. So it comes from the history, with room for a weight to grow fourfold in a step, as those that
   start from zero do at first. That costs 2 of the 15 powers of two that E4M3's normal numbers span: what is below 1.4e-4 of amax
   loses bits, and nothing else does. Its amax is that of the copies, and stays until they are written again: every step enters it.
-* |softmax − onehot| ≤ 1, so the gradient of logits has a scale whatever the batch: 2¹⁵ (`nvfp8/fp8_head.py`).
+* |softmax − onehot| ≤ 1, so the gradient of logits has a scale whatever the batch: 2⁸ (`nvfp8/fp8_head.py`).
 * The first gradients follow from the loss: a token's loss has a gradient of at most `loss_scale`, which is brought to 64, amid
   E5M2's 2⁻¹⁶ … 2¹⁵. (With scale 1 a gradient of 1/(32,768 · 8) is zero.) Activations, and gradients in E4M3, are measured until
   they have a history.
@@ -46,8 +46,8 @@ DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FIRST_GRADIENT = 64
 # How much of the format's range copies of weights leave free: a weight that starts from zero doubles or trebles in a step.
 ROOM = 4.0
-# Of gradients of logits, which are at most 1: the largest power of two in E5M2's range, so that 1 is far from saturating.
-OF_LOGITS = 2.0**15
+# Of gradients of logits, which are at most 1, in rows that may be up to 224 times as large (`nvfp8/fp8_head.py`).
+OF_LOGITS = 2.0**8
 # A scale this large still has a reciprocal that is no denormal number, which a GPU takes for 0.
 _MOST = 2.0**126
 _loss_scale: ContextVar[float | None] = ContextVar("loss_scale", default=None)

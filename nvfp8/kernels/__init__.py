@@ -2,7 +2,7 @@
 
 from nvfp8.kernels.adamw import adamw_, adamw_prepared
 from nvfp8.kernels.cross_entropy import scale_, softcap_cross_entropy_
-from nvfp8.kernels.cross_entropy_fp8 import softcap_cross_entropy_quantize
+from nvfp8.kernels.cross_entropy_fp8 import scale_rows_, softcap_cross_entropy_quantize
 from nvfp8.kernels.embedding import add_rows_
 from nvfp8.kernels.gates import smear_backward, smear_forward, value_gate_backward, value_gate_forward
 from nvfp8.kernels.gemm_fp8 import gemm_relu_squared, gemm_relu_squared_backward
@@ -67,6 +67,7 @@ __all__ = [
     "relu_squared_backward_quantize",
     "relu_squared_quantize",
     "scale_",
+    "scale_rows_",
     "smear_backward",
     "smear_forward",
     "softcap_cross_entropy_",

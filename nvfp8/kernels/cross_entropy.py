@@ -67,6 +67,11 @@ def _of_four(cap: float, first: float, slope: float) -> str:
     return "\n".join([*lines, *ways["near"], "bra.uni DONE;", "FAR:", *ways["far"], "DONE:", "}"])
 
 
+def exponents(cap: float) -> str:
+    """PTX for log₂ exp(z) of four logits, what `of_shares` takes."""
+    return _of_four(cap, cap / math.log(2), -2 * cap / math.log(2))
+
+
 @triton.jit
 def power_of_2(x):
     """2^x, 0 where that is below 2^-126."""
@@ -86,7 +91,7 @@ def softcap_share(logits, CAP: tl.constexpr):
 
 
 @triton.jit
-def _of_shares(logits, CAP: tl.constexpr, FIRST: tl.constexpr, SLOPE: tl.constexpr, OF_FOUR: tl.constexpr):
+def of_shares(logits, CAP: tl.constexpr, FIRST: tl.constexpr, SLOPE: tl.constexpr, OF_FOUR: tl.constexpr):
     """FIRST + SLOPE·r of many logits, by the polynomial where it serves."""
     if INTERPRETED:
         return FIRST + SLOPE * softcap_share(logits, CAP)
@@ -95,7 +100,7 @@ def _of_shares(logits, CAP: tl.constexpr, FIRST: tl.constexpr, SLOPE: tl.constex
 
 @triton.jit
 def _softcap_cross_entropy(
-    LOGITS, TARGETS, SCALE, LOSSES, LOG_SUMS, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
+    LOGITS, TARGETS, SCALE, LOSSES, STRIDE, VOCAB: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr,
     GRADIENT: tl.constexpr, EXPONENTS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -106,21 +111,19 @@ def _softcap_cross_entropy(
     for start in range(0, VOCAB, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32)
-        exponential = power_of_2(_of_shares(x, CAP, LOG2E * CAP, -2.0 * LOG2E * CAP, EXPONENTS))
+        exponential = power_of_2(of_shares(x, CAP, LOG2E * CAP, -2.0 * LOG2E * CAP, EXPONENTS))
         total += tl.where(column < VOCAB, exponential, 0.0) if VOCAB % BLOCK else exponential
     log_sum = tl.log(tl.sum(total, 0))
     valid = target >= 0
     z_target = CAP - 2.0 * CAP * softcap_share(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), CAP)
     tl.store(LOSSES + row, tl.where(valid, log_sum - z_target, 0.0))
-    if LOG_SUMS is not None:
-        tl.store(LOG_SUMS + row, log_sum)
     if GRADIENT:
         tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
         scale = tl.where(valid, tl.load(SCALE), 0.0)
         for start in range(0, PADDED, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(logits + column, column < VOCAB, 0.0).to(tl.float32)
-            share = _of_shares(x, CAP, 0.0, 1.0, SHARES)
+            share = of_shares(x, CAP, 0.0, 1.0, SHARES)
             gradient = power_of_2(LOG2E * (CAP - log_sum) - (2.0 * LOG2E * CAP) * share) - tl.where(column == target, 1.0, 0.0)
             gradient = tl.where(column < VOCAB, gradient * (4.0 * share * (1.0 - share)) * scale, 0.0)
             tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), column < PADDED)
@@ -144,16 +147,8 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, softcap: float, scale: Tensor | None) -> Tensor:
     """See `nvfp8.reference.softcap_cross_entropy_`; rows of `logits` must be contiguous."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    row_pass(logits, targets, losses, vocab, softcap, scale, None)
-    return losses
-
-
-def row_pass(
-    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, softcap: float, scale: Tensor | None, log_sums: Tensor | None
-) -> None:
-    """Write losses (N,) fp32, where `scale` is given the gradient over the logits, and log Σ exp(z) to `log_sums` (N,) fp32."""
     _softcap_cross_entropy[(logits.shape[0],)](
-        logits, targets, scale, losses, log_sums, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1],
-        CAP=softcap, GRADIENT=scale is not None, EXPONENTS=_of_four(softcap, softcap / math.log(2), -2 * softcap / math.log(2)),
-        SHARES=_of_four(softcap, 0.0, 1.0), BLOCK=BLOCK, num_warps=4,
+        logits, targets, scale, losses, logits.stride(0), VOCAB=vocab, PADDED=logits.shape[1], CAP=softcap,
+        GRADIENT=scale is not None, EXPONENTS=exponents(softcap), SHARES=_of_four(softcap, 0.0, 1.0), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+    return losses

@@ -61,11 +61,14 @@ def store_across(Q_T, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: 
 
 @triton.jit
 def _quarter(
-    which: tl.constexpr, X, scale, first_token, first_channel, M, N,
+    which: tl.constexpr, X, scale, FACTORS, first_token, first_channel, M, N,
     DTYPE: tl.constexpr, RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     at, mask = every_fourth(which, first_token, first_channel, M, N, TOKENS, CHANNELS)
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
+    if FACTORS is not None:
+        token = first_token + tl.arange(0, TOKENS // 4) * 4 + which
+        scale = scale * tl.load(FACTORS + token, token < M, 0.0)[:, None]
     if RELU_SQUARED:
         x = tl.where(x < 0, 0.0, x)  # a maximum would hide NaN
         x = x * x
@@ -87,16 +90,16 @@ def _store_along(Q, c0, c1, c2, c3, first_token, first_channel, M, N, TOKENS: tl
 
 @triton.jit
 def _quantize(
-    X, SCALE, Q, Q_T, AMAX, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RELU_SQUARED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    X, SCALE, FACTORS, Q, Q_T, AMAX, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RELU_SQUARED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64) * TOKENS
     channel = tl.program_id(0).to(tl.int64) * CHANNELS
     scale = tl.load(SCALE)
-    c0, b0 = _quarter(0, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
-    c1, b1 = _quarter(1, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
-    c2, b2 = _quarter(2, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
-    c3, b3 = _quarter(3, X, scale, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c0, b0 = _quarter(0, X, scale, FACTORS, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c1, b1 = _quarter(1, X, scale, FACTORS, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c2, b2 = _quarter(2, X, scale, FACTORS, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
+    c3, b3 = _quarter(3, X, scale, FACTORS, token, channel, M, N, DTYPE, RELU_SQUARED, TOKENS, CHANNELS)
     if AMAX is not None:
         raise_amax(AMAX, tl.max(tl.ravel(tl.maximum(tl.maximum(b0, b1), tl.maximum(b2, b3))), 0))
     if ROWS:
@@ -167,25 +170,26 @@ def _grid(m: int, n: int) -> tuple[int, int]:
 
 
 def _tile_pass(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, rows: bool, columns: bool, relu_squared: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, rows: bool, columns: bool, relu_squared: bool,
+    factors: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     x = x.contiguous()
     m, n = x.shape
     q = torch.empty(m, n, dtype=dtype, device=x.device) if rows else None
     q_t = torch.empty(n, m, dtype=dtype, device=x.device) if columns else None
     if x.numel():
         _quantize[_grid(m, n)](
-            x, scale, q, q_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], ROWS=rows, COLUMNS=columns, RELU_SQUARED=relu_squared,
-            TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=8,
+            x, scale, factors, q, q_t, as_bits(amax), m, n, DTYPE=DTYPES[dtype], ROWS=rows, COLUMNS=columns,
+            RELU_SQUARED=relu_squared, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=8,
         )  # fmt: skip
     return q, q_t
 
 
 def quantize(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool
+    x: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None, *, rows: bool, columns: bool, factors: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `nvfp8.reference_fp8.quantize`."""
-    return _tile_pass(x, scale, dtype, amax, rows, columns, relu_squared=False)
+    return _tile_pass(x, scale, dtype, amax, rows, columns, relu_squared=False, factors=factors)
 
 
 def relu_squared_quantize(h: Tensor, scale: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,7 @@ def compile_fp8(kernels: Any) -> None:
         flat = x.view(128, width)
         for rows, columns in ((True, True), (True, False), (False, True)):
             kernels.quantize(flat, one, dtype, amax, rows=rows, columns=columns)
+        kernels.quantize(flat, one, dtype, None, rows=False, columns=True, factors=rstd)
         kernels.quantize(flat.float(), one, dtype, amax, rows=True, columns=True)
         for run in (flat, x.view(-1, 128), x.float().view(1, -1)):
             kernels.quantize_rows(run, dtype)
@@ -151,8 +152,8 @@ def compile_fp8(kernels: Any) -> None:
             kernels.heads_backward_quantize(q, q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
         logits, targets = torch.zeros(16, 32768, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
         losses, codes, codes_t = torch.zeros(16), torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
-        for factor, outputs in ((None, (codes, codes_t)), (one, (codes, None)), (one, (None, codes_t))):
-            kernels.softcap_cross_entropy_quantize(logits, targets, losses, 32768, 15.0, one, factor, *outputs)
+        kernels.softcap_cross_entropy_quantize(logits, targets, losses, losses, 32768, 15.0, one, codes, codes_t)
+        kernels.scale_rows_(flat, rstd)
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)
             a_t = torch.zeros(3072, 256, dtype=e4m3)

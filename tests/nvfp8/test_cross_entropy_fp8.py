@@ -1,54 +1,110 @@
 """The cross-entropy that writes its gradient in FP8, both ways, against its twin and fp64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_fp8_kernels import DEVICE, E5M2, assert_codes, assert_same, codes, dtype, error, random, scalar, stream
+from torch import Tensor
 
 from nvfp8 import reference
+from nvfp8.reference_fp8 import SAMPLE
+from nvfp8.rounding import FORMATS
+from nvfp8.scaling import OF_LOGITS
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 kernels = pytest.importorskip("nvfp8.kernels", reason="Triton is not installed")
 __all__ = ["dtype", "stream"]  # fixtures
 
 
-@pytest.mark.parametrize(("vocab", "padded", "m"), [(50, 64, 9), (300, 320, 150), (128, 256, 40), (4096, 4096, 130)])
-@pytest.mark.parametrize("layouts", ["both", "rows", "columns", "rows and over the logits", "columns and over the logits"])
-def test_cross_entropy(vocab: int, padded: int, m: int, layouts: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+def results(
+    function: Callable[..., None], logits: Tensor, targets: Tensor, vocab: int, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, factors, and both layouts, written into parts of longer tensors of which what is beside them must stay."""
+    m, padded = logits.shape
+    q, longer = torch.full((m, padded), 3.0, device=DEVICE).to(dtype), torch.full((padded, m + 39), 3.0, device=DEVICE).to(dtype)
+    of_rows = torch.full((2, m + 20), -7.0, device=DEVICE)
+    given = logits.clone()
+    function(given, targets, of_rows[0, 16:-4], of_rows[1, 16:-4], vocab, 15.0, scale, q, longer[:, 16 : 16 + m])
+    assert torch.equal(given.nan_to_num(1e9), logits.nan_to_num(1e9))
+    assert (of_rows[:, :16] == -7).all() and (of_rows[:, -4:] == -7).all()
+    assert (longer[:, :16].float() == 3).all() and (longer[:, 16 + m :].float() == 3).all()
+    return of_rows[0, 16:-4], of_rows[1, 16:-4], q, longer[:, 16 : 16 + m].contiguous()
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["", "large scale"])
+@pytest.mark.parametrize(
+    ("vocab", "padded", "m"), [(50, 64, 9), (300, 320, 150), (128, 256, 40), (4096, 4096, 130), (1100, 1136, 33)]
+)
+def test_cross_entropy(vocab: int, padded: int, m: int, large: bool, dtype: torch.dtype, stream: torch.dtype) -> None:
+    """A large scale leaves no room for codes above it, so rows of a large vocabulary are made over their whole sum."""
     logits, targets = 4 * random(m, padded, dtype=stream, seed=1), torch.randint(vocab, (m,), device=DEVICE)
     targets[[0, 4, m - 1]] = torch.tensor([-1, vocab - 1, 0], device=DEVICE)
-    scale = scalar(2.0**15 if dtype == E5M2 else 256.0)
-    factor = scalar(0.125) if "over" in layouts else None
-    results = []
-    for function in (kernels.softcap_cross_entropy_quantize, reference.softcap_cross_entropy_quantize):
-        q = torch.zeros(m, padded, device=DEVICE).to(dtype) if layouts.startswith(("both", "rows")) else None
-        # A part of longer rows, of which what is beside it must stay.
-        longer = torch.full((padded, m + 39), 3.0, device=DEVICE).to(dtype)
-        q_t = longer[:, 16 : 16 + m] if layouts.startswith(("both", "columns")) else None
-        given = logits.clone()
-        losses = torch.empty(m + 20, device=DEVICE).fill_(-7.0)  # a part of longer ones too
-        function(given, targets, losses[16:-4], vocab, 15.0, scale, factor, q, q_t)
-        assert (losses[:16] == -7).all() and (losses[-4:] == -7).all()
-        assert (longer[:, :16].float() == 3).all() and (longer[:, 16 + m :].float() == 3).all()
-        results.append((losses[16:-4], given, q, None if q_t is None else q_t.contiguous()))
-    assert_same(*results)
-    assert factor is not None or torch.equal(results[0][1], logits)
+    scale = scalar({(E5M2, True): 2.0**15, (E5M2, False): OF_LOGITS}.get((dtype, large), 256.0 if large else 32.0))
+    ours, twins = (
+        results(module.softcap_cross_entropy_quantize, logits, targets, vocab, scale, dtype) for module in (kernels, reference)
+    )
+    assert_same(ours, twins)
+    losses, factors, q, q_t = ours
     exact = logits.double()
-    losses = reference.softcap_cross_entropy_(exact, targets, vocab, 15.0, scalar(1.0).double())
-    assert error(results[0][0], losses) < 2e-6
-    for found, true in ((results[0][2], exact), (results[0][3], exact.t())):
-        if found is not None:
-            assert_codes(found, codes(true, scale, dtype).contiguous())
-            found = found if found.shape == exact.shape else found.t()
-            assert (found[0].float() == 0).all() and (found[:, vocab:].float() == 0).all()
+    assert error(losses, reference.softcap_cross_entropy_(exact, targets, vocab, 15.0, scalar(1.0).double())) < 2e-6
+    assert factors[0] == 0 and (factors[1:] > 0).all() and (factors < 8 / 7 + 1e-6).all()
+    over = over_the_known_part(logits, targets, vocab, scale, dtype)
+    assert ((factors.double() * over)[1:] - 1).abs().max() < 0.144
+    if vocab == 4096:
+        assert (over == 1).any() if large else (over[1:] > 2).any()
+    check(factors, q, exact, targets, over, scale)
+    assert torch.equal(q.t().contiguous().view(torch.uint8), q_t.view(torch.uint8))
+    assert (q[0].float() == 0).all() and (q[:, vocab:].float() == 0).all()
+
+
+def over_the_known_part(logits: Tensor, targets: Tensor, vocab: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ eᶻ over what of it is known early, or 1 where codes would be too large for that, (M,) fp64."""
+    exponentials = (15 * torch.tanh(logits[:, :vocab].double() / 15)).exp()
+    of_target = exponentials.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    over = exponentials.sum(1) / (exponentials[:, :SAMPLE].sum(1) + torch.where(targets < SAMPLE, 0.0, of_target))
+    return torch.where(over * scale > FORMATS[dtype][2], 1.0, over)
+
+
+def check(factors: Tensor, q: Tensor, exact: Tensor, targets: Tensor, over: Tensor, scale: Tensor) -> None:
+    """All codes are those of the exact gradient over the known part, and the target's is exact by its factor."""
+    expected = codes(exact * over[:, None], scale, q.dtype)
+    assert_codes(q, expected)
+    at, valid = targets.clamp_min(0)[:, None], targets >= 0
+    of_target = q.double().gather(1, at)[:, 0] * factors / scale
+    normal = valid & (q.double().gather(1, at)[:, 0].abs() >= 2.0 ** FORMATS[q.dtype][0])
+    assert normal.sum() > 0.5 * valid.sum()
+    assert ((of_target / exact.gather(1, at)[:, 0])[normal] - 1).abs().max() < 1e-3  # cancellation where p is nearly 1
+
+
+def test_a_mistake_that_the_known_part_does_not_show_is_made_again(stream: torch.dtype) -> None:
+    """All probability on an entry that is neither the target nor in the sample: over the known part its code would saturate."""
+    logits = torch.zeros(40, 4096, dtype=stream, device=DEVICE)
+    targets = torch.full((40,), 7, device=DEVICE)
+    logits[3, 3000] = logits[17, 4095] = logits[18, 1024] = logits[19, 1000] = logits[20, 3000] = 60.0
+    targets[20] = 3000
+    losses, factors, q, q_t = results(kernels.softcap_cross_entropy_quantize, logits, targets, 4096, scalar(OF_LOGITS), E5M2)
+    again = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    again[[3, 17, 18]] = True
+    assert torch.equal(over_the_known_part(logits, targets, 4096, scalar(OF_LOGITS), E5M2) == 1, again)
+    assert torch.equal(q.t().contiguous().view(torch.uint8), q_t.view(torch.uint8))
+    exact = logits.double()
+    assert error(losses, reference.softcap_cross_entropy_(exact, targets, 4096, 15.0, scalar(1.0).double())) < 2e-6
+    check(factors, q, exact, targets, over_the_known_part(logits, targets, 4096, scalar(OF_LOGITS), E5M2), scalar(OF_LOGITS))
 
 
 def test_logits_that_are_no_numbers_show_but_for_ignored_tokens(stream: torch.dtype) -> None:
-    """In the losses and the gradient; an ignored token has neither."""
-    logits, targets = random(40, 64, dtype=stream, seed=1), torch.zeros(40, dtype=torch.int64, device=DEVICE)
-    logits[5:8, 3], targets[5] = torch.nan, -1
-    losses, q = torch.zeros(40, device=DEVICE), torch.zeros(40, 64, device=DEVICE).to(E5M2)
-    kernels.softcap_cross_entropy_quantize(logits, targets, losses, 64, 15.0, scalar(2.0**15), None, q, None)
+    """In the losses, and in what rows of dx are multiplied by; an ignored token has neither."""
+    logits, targets = random(40, 2064, dtype=stream, seed=1), torch.zeros(40, dtype=torch.int64, device=DEVICE)
+    logits[5:8, 3], logits[9, 2000], targets[5] = torch.nan, torch.nan, -1
+    losses, factors, q, _ = results(kernels.softcap_cross_entropy_quantize, logits, targets, 2064, scalar(OF_LOGITS), E5M2)
     broken = torch.zeros(40, dtype=torch.bool, device=DEVICE)
-    broken[6:8] = True
-    assert torch.equal(losses.isnan(), broken) and losses[5] == 0
-    assert torch.equal(q.float().isnan().all(1), broken) and q[~broken].float().isfinite().all() and (q[5].float() == 0).all()
+    broken[[6, 7, 9]] = True
+    assert torch.equal(losses.isnan(), broken) and torch.equal(factors.isnan(), broken) and losses[5] == factors[5] == 0
+    assert q[~broken].float().isfinite().all() and (q[5].float() == 0).all()
+
+
+def test_rows_are_scaled(stream: torch.dtype) -> None:
+    x, factors = random(37, 200, dtype=stream, seed=2), torch.rand(37, device=DEVICE)
+    expected = reference.scale_rows_(x.clone(), factors)
+    assert torch.equal(kernels.scale_rows_(x, factors), expected)

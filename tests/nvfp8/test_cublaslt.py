@@ -1,6 +1,7 @@
 """cuBLASLt's algorithms: each gives the product, sums are added to, and what decides between them."""
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -174,22 +175,18 @@ class TestOnGPU:
         kept = list(cublaslt._products.values())
         assert [product.chosen is not None for product in kept] == [True, True, True, False, False]
 
-    def test_the_chosen_one_is_as_fast_as_any(self) -> None:
-        """The logits' product of d12, which the library's first choice takes 1.2 times as long for on an H200."""
+    @pytest.mark.parametrize("fastest", [0, 1, 2])
+    def test_the_fastest_one_is_chosen(self, monkeypatch: pytest.MonkeyPatch, fastest: int) -> None:
+        """Of the logits' product of d12: all others are made slower by more than other tests on the GPU may disturb it."""
         a, b = random(2048, 768, seed=1, dtype=E4M3), random(32768, 768, seed=2, dtype=E4M3)
         out = torch.empty(2048, 32768, dtype=torch.bfloat16, device="cuda")
+        original = cublaslt.Product.run
+
+        def run(self: cublaslt.Product, which: int, *arguments: Any) -> None:
+            original(self, which, *arguments)
+            if which != fastest:
+                torch.cuda._sleep(2_000_000)  # a millisecond
+
+        monkeypatch.setattr(cublaslt.Product, "run", run)
         product = product_of(a, b, out, fast=True)
-
-        def milliseconds(which: int) -> float:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(30):
-                product.run(which, a, b.t(), out, None, 1.0)
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end)
-
-        assert product.chosen is not None
-        chosen = min(milliseconds(product.chosen) for _ in range(5))
-        # Another test may run on the GPU meanwhile.
-        assert chosen < 1.1 * min(milliseconds(which) for which in range(len(product.proposals)) for _ in range(5))
+        assert len(product.proposals) > 2 and product.chosen == fastest

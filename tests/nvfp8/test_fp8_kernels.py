@@ -119,10 +119,14 @@ def test_the_twin_rounds_to_nearest_and_clamps(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (131, 270), (256, 128)])
 @pytest.mark.parametrize(("rows", "columns"), [(True, True), (True, False), (False, True)])
-def test_quantize(shape: tuple[int, int], rows: bool, columns: bool, dtype: torch.dtype, stream: torch.dtype) -> None:
+@pytest.mark.parametrize("of_rows", [False, True], ids=["", "rows of factors"])
+def test_quantize(
+    shape: tuple[int, int], rows: bool, columns: bool, of_rows: bool, dtype: torch.dtype, stream: torch.dtype
+) -> None:
     x, amax, twin_amax = 100 * random(*shape, dtype=stream, seed=1), scalar(0.0), scalar(0.0)
-    ours = kernels.quantize(x, scalar(0.37), dtype, amax, rows=rows, columns=columns)
-    twin = reference.quantize(x, scalar(0.37), dtype, twin_amax, rows=rows, columns=columns)
+    factors = torch.rand(shape[0], device=DEVICE) if of_rows else None
+    ours = kernels.quantize(x, scalar(0.37), dtype, amax, rows=rows, columns=columns, factors=factors)
+    twin = reference.quantize(x, scalar(0.37), dtype, twin_amax, rows=rows, columns=columns, factors=factors)
     for mine, theirs in zip(ours, twin, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
