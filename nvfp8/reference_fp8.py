@@ -385,16 +385,9 @@ def _product(x_q: Tensor, w_q: Tensor, inverse: Tensor) -> Tensor:
 
 
 def softcap_cross_entropy_quantize(
-    logits: Tensor,
-    targets: Tensor,
-    losses: Tensor,
-    factors: Tensor,
-    vocab: int,
-    softcap: float,
-    scale: Tensor,
-    q: Tensor,
+    logits: Tensor, targets: Tensor, losses: Tensor, factors: Tensor, vocab: int, softcap: float, scale: Tensor, q: Tensor,
     q_t: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Cross-entropy of softcapped logits, and its gradient in FP8, as it lies and transposed, every row to a factor of its own.
 
     As `softcap_cross_entropy_`, but what every token's gradient is multiplied by (1 / valid tokens) is left to the GEMMs: without

@@ -184,25 +184,16 @@ def scale_rows_(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def softcap_cross_entropy_quantize(
-    logits: Tensor,
-    targets: Tensor,
-    losses: Tensor,
-    factors: Tensor,
-    vocab: int,
-    softcap: float,
-    scale: Tensor,
-    q: Tensor,
+    logits: Tensor, targets: Tensor, losses: Tensor, factors: Tensor, vocab: int, softcap: float, scale: Tensor, q: Tensor,
     q_t: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """See `nvfp8.reference_fp8.softcap_cross_entropy_quantize`."""
     (m, padded), device = logits.shape, logits.device
     assert logits.is_contiguous() and q.is_contiguous() and q_t.stride(1) == 1
     tiles, (smallest, _, largest) = triton.cdiv(padded, ENTRIES), FORMATS[q.dtype]
     references, sums = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((m,), (tiles, m)))
     of_logits = {"VOCAB": vocab, "PADDED": padded, "CAP": softcap}
-    _reference[(m,)](
-        logits, targets, references, **of_logits, EXPONENTS=exponents(softcap), SAMPLE=SAMPLE, num_warps=4
-    )  # fmt: skip
+    _reference[(m,)](logits, targets, references, **of_logits, EXPONENTS=exponents(softcap), SAMPLE=SAMPLE, num_warps=4)
     _gradient[(tiles, triton.cdiv(m, TOKENS))](
         logits, references, scale, sums, q, q_t, m, q_t.stride(0), **of_logits, DTYPE=DTYPES[q.dtype], TOKENS=TOKENS,
         ENTRIES=ENTRIES, num_warps=8,
