@@ -11,11 +11,12 @@ for 132 multiprocessors. More would make the head the step's peak by more.
 * **No amax pass.** x̂ comes from a norm, so |x̂| ≤ √D; a weight is measured when it is cast, once a step; and no element of that
   gradient is above 1, whatever the batch. 1 / valid tokens and the accumulation's factor are left to the GEMM's scale, so they
   never meet the format.
-* **Logits are read once.** The softmax's denominator is known when its kernel has seen all of a row, so a row's codes stand over
-  the part of it that is known before, and `factors`, in 0 … 1, multiply the row of dx behind the GEMM, and the row of x̂ that meets
-  the codes' transpose (`nvfp8/kernels/cross_entropy_fp8.py`). A scale of 2⁸ divides E5M2's 32 powers of two: 224 is how far the
-  known part may be below the sum (32 where all logits are equal), and 2⁻²⁵ is the least probability that is not lost where it is
-  not below at all (the mean one is 2⁻¹⁵ in a vocabulary of 32,768), 2⁻³⁰ where it is 1/32. E4M3 has not the room.
+* **Logits are read once**, for codes over the part of a softmax's sum that is known early; `factors` multiply the row of dx behind
+  the GEMM, and the row of x̂ that meets the codes' transpose (`nvfp8/kernels/cross_entropy_fp8.py`). The scale splits E5M2's range:
+  with 2⁸ the sum may be 57,344 / 2⁸ = 224 times the known part (where all logits are equal it is 32 times), and where it is not
+  larger, probabilities below 2⁻²² lose bits, and from 2⁻²⁵ on all (the mean one is 2⁻¹⁵ in a vocabulary of 32,768). E4M3 spans half
+  as many powers of two. Of a row of x̂ more falls among E4M3's subnormal numbers so, 3.5 % of a normal distribution at 1/32 where
+  it was 0.1 % (D = 1,536): nothing to be seen in dW.
 * **Logits are bf16, softcap and softmax fp32** in the kernel's registers: the FP8 operands err by 2⁻⁴ each way, bf16 by 2⁻⁹ of the
   sum of D of their products; but a softmax of bf16 exponentials would not sum to 1.
 * **Each GEMM may stay in bf16**: `bf16=lm_head` in a recipe leaves all (this file is not used then), `bf16=lm_head:dgrad` one.

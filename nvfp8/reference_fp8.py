@@ -28,10 +28,6 @@ from nvfp8.reference_math import (
 )
 from nvfp8.rounding import FORMATS
 
-# Entries of a vocabulary whose share of a row's Σ exp(z) is known before the rest is. The first: a tokenizer of byte pairs numbers
-# entries as it finds them, so these are the most frequent ones.
-SAMPLE = 1024
-
 
 def amax_(x: Tensor, amax: Tensor) -> None:
     """Raise `amax` to the largest magnitude of x, in place: the pass over memory that current scaling pays.
@@ -384,6 +380,14 @@ def _product(x_q: Tensor, w_q: Tensor, inverse: Tensor) -> Tensor:
     return x_q.to(dtype) @ w_q.to(dtype).t() * inverse
 
 
+def known_entries(vocab: int) -> int:
+    """How many entries' share of a row's Σ exp(z) is known before the rest is: a power of 2, at least 1,024 and 1/32 of all.
+
+    They are the first ones: a tokenizer of byte pairs numbers entries as it finds them, so these are the most frequent.
+    """
+    return int(2 ** max(10, (vocab - 1).bit_length() - 5))
+
+
 def softcap_cross_entropy_quantize(
     logits: Tensor, targets: Tensor, losses: Tensor, factors: Tensor, vocab: int, softcap: float, scale: Tensor, q: Tensor,
     q_t: Tensor,
@@ -393,15 +397,15 @@ def softcap_cross_entropy_quantize(
     As `softcap_cross_entropy_`, but what every token's gradient is multiplied by (1 / valid tokens) is left to the GEMMs: without
     it no element is above 1, so one scale serves every batch and nothing is measured. A row's gradient is q · factor / scale.
 
-    Codes are made over the part of Σ exp(z) that is known before all logits are read: of the first SAMPLE entries, and of the
+    Codes are made over the part of Σ exp(z) that is known before all logits are read: of the first `known_entries`, and of the
     target if it is another; over all of it where one could be above the format's largest. The factor is that part's share of the
-    sum, times what makes the target's code, the row's largest, exact: 7/8 … 8/7.
+    sum, times what makes the target's code, the row's largest, exact if it is a normal number: 0.9 … 1.125 in E5M2.
 
     Args:
         logits: (M, V') with V' ≥ vocab, contiguous.
         targets: (M,) int64; −1 is ignored: loss 0, gradient 0, factor 0.
         losses: (M,) fp32 to write, in nats.
-        factors: (M,) fp32 to write, in 0 … 8/7.
+        factors: (M,) fp32 to write, in 0 … 1.125.
         vocab: V; columns from V on are padding: not in the sum, gradient 0.
         softcap: c.
         scale: 0-D fp32, of the gradient in FP8; no code over the whole sum is above it.
@@ -414,10 +418,11 @@ def softcap_cross_entropy_quantize(
     losses.copy_(of_tokens)
     exponentials = (softcap * torch.tanh(wide_logits / softcap)).exp()
     of_target = exponentials.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    known = exponentials[:, :SAMPLE].sum(1) + torch.where(targets < SAMPLE, 0.0, of_target)
+    first = known_entries(vocab)
+    known = exponentials[:, :first].sum(1) + torch.where(targets < first, 0.0, of_target)
     over = exponentials.sum(1) / known
     smallest, _, largest = FORMATS[q.dtype]
-    over = torch.where(over * scale > largest, 1.0, over)
+    over = torch.where((over * scale > largest) | (targets < 0), 1.0, over)
     gradient = torch.nn.functional.pad(gradient * over[:, None], (0, logits.shape[1] - vocab))
     codes, at_target = _codes(gradient, scale, q.dtype), targets.clamp_min(0)[:, None]
     exact, rounded = (scale * gradient).gather(1, at_target)[:, 0], wide(codes).gather(1, at_target)[:, 0]

@@ -152,7 +152,8 @@ def compile_fp8(kernels: Any) -> None:
             kernels.heads_backward_quantize(q, q, q, q, q, q, of_heads, cos, cos, *values, one, dtype, amax)
         logits, targets = torch.zeros(16, 32768, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
         losses, codes, codes_t = torch.zeros(16), torch.zeros(16, 32768, dtype=dtype), torch.zeros(32768, 32, dtype=dtype)[:, :16]
-        kernels.softcap_cross_entropy_quantize(logits, targets, losses, losses, 32768, 15.0, one, codes, codes_t)
+        for vocab in (32768, 32700):
+            kernels.softcap_cross_entropy_quantize(logits, targets, losses, losses, vocab, 15.0, one, codes, codes_t)
         kernels.scale_rows_(flat, rstd)
         if CAPABILITY >= 90:  # TMA
             x_q, w_q = torch.zeros(256, 768, dtype=e4m3), torch.zeros(3072, 768, dtype=e4m3)

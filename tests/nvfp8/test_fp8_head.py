@@ -161,7 +161,7 @@ def test_the_gradients_scale_is_that_of_every_batch() -> None:
     reference.softcap_cross_entropy_quantize(logits, targets, of_rows[0], of_rows[1], 128, 15.0, scale, q, q_t)
     exact = logits.double()
     reference.softcap_cross_entropy_(exact, targets, 128, 15.0, torch.tensor(1.0, dtype=torch.float64))
-    assert exact.abs().max() <= 1 and q.float().abs().max() <= OF_LOGITS and ((of_rows[1] - 1).abs() < 1 / 7).all()
+    assert exact.abs().max() <= 1 and q.float().abs().max() <= OF_LOGITS and ((of_rows[1] - 1).abs() < 0.126).all()
     small = exact[0, 0]
     assert 2.0**-36 < small < 2.0**-32 and q[0, 0].float() == 0
     assert 2.0**-24 * OF_LOGITS == 2.0**-16 and torch.tensor(2.0**-16).to(torch.float8_e5m2).float() == 2.0**-16
@@ -169,12 +169,13 @@ def test_the_gradients_scale_is_that_of_every_batch() -> None:
     assert kept.sum() > 1000 and ((q.double() / OF_LOGITS - exact)[kept] / exact[kept]).abs().max() <= 2.0**-3
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the twin, whose known entries can be made few")
 def test_of_a_large_vocabulary_logits_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of dx and of x carry what the known part of a softmax lacks: as good with 16 known entries as with all 100."""
     original, found, factors = reference.scale_rows_, [], list[Tensor]()
     monkeypatch.setattr(reference, "scale_rows_", lambda x, f: factors.append(f.clone()) or original(x, f))
     for known in (1024, 16):
-        monkeypatch.setattr(reference_fp8, "SAMPLE", known)
+        monkeypatch.setattr(reference_fp8, "known_entries", lambda vocab, known=known: known)
         factors.clear()
         made = Made(300)
         with torch.no_grad():
@@ -188,7 +189,34 @@ def test_of_a_large_vocabulary_logits_are_read_once(monkeypatch: pytest.MonkeyPa
     assert found[1][0] > found[0][0] - 0.5 and found[1][1] > found[0][1] - 0.5, found
     of_rows = torch.cat(factors)[:300]
     assert (of_rows[made.targets >= 0] > 0).all() and (of_rows[made.targets < 0] == 0).all()
-    assert float(of_rows[made.targets >= 0].median()) < 0.3 and abs(of_rows[9] - 1) < 1 / 7
+    assert float(of_rows[made.targets >= 0].median()) < 0.3 and abs(of_rows[9] - 1) < 0.126
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the kernels, natively")
+def test_mistakes_of_a_large_vocabulary() -> None:
+    """8,192 entries, of which 1,024 are known, and rows whose probability lies elsewhere: dx and dW as good as without those."""
+    found = []
+    for of_rows in (0, 5):
+        precision = fp8(parse_recipe("delayed"), emulated=False)
+        model = nn.ModuleDict({"lm_head": precision.head(256, 8192, 8192, 15.0)}).to(DEVICE, torch.bfloat16)
+        head, scaling = model["lm_head"], precision.scaling(model)
+        x = F.rms_norm(torch.randn(640, 256, generator=torch.Generator().manual_seed(1)), (256,)).to(DEVICE, torch.bfloat16)
+        targets = torch.randint(8192, (640,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(8192, 256, generator=torch.Generator().manual_seed(3)) / 16)
+            for row in range(of_rows):
+                head.weight[8000 + row] = x[row] / 8  # z = 15·tanh(32/15)
+        x.requires_grad_()
+        with precision.autocast(1 / 640):
+            loss = head.loss(x, targets, 1.0)
+        loss.backward()
+        wide, weight = (t.detach().double().requires_grad_() for t in (x, head.weight))
+        exact = exact_loss(wide, weight, targets, 8192)
+        dx, dw = torch.autograd.grad(exact, (wide, weight))
+        assert x.grad is not None and float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-2)
+        found.append((decibels(x.grad, dx), decibels(head.weight.grad, dw)))
+        assert scaling.update() == []
+    assert min(found[1]) > min(found[0]) - 3 and min(found[0]) > least_db("dgrad", frozenset()), found
 
 
 def test_the_weight_is_cast_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +264,11 @@ def test_what_is_not_finite_is_named() -> None:
     made = Made()
     with torch.no_grad():
         made.x[3, 5] = torch.nan
-    assert not made.loss().isfinite()
+    loss = made.loss()
+    loss.backward()
+    assert made.x.grad is not None and made.head.weight.grad is not None
+    assert not loss.isfinite() and made.x.grad[3].isnan().all() and made.head.weight.grad[:VOCAB].isnan().all()
+    assert made.x.grad[:3].isfinite().all() and made.x.grad[4:].isfinite().all()
     assert made.scaling.update() == ["the input of lm_head"]
 
 
