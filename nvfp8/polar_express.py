@@ -217,7 +217,7 @@ def _gram(x: Tensor, other: Tensor) -> Tensor:
     product(rows, rows, g)  # LIFT² XXᵀ
     polynomial(0, q, LIFT)
     product(q, g, spare)
-    product(spare, q, g)
+    product(spare, q, g)  # LIFT² PGP
     polynomial(1, p, LIFT)
     product(p, q, spare)
     _product(other, *((x, spare) if tall else (spare, x)), 1 / LIFT)
@@ -226,14 +226,14 @@ def _gram(x: Tensor, other: Tensor) -> Tensor:
     product(rows, rows, g, rest=spare)
     polynomial(2, p)
     product(p, spare, q)
-    product(p, g, spare, c=q, beta=1 / REST)
+    product(p, g, spare, c=q, beta=1 / REST)  # P(G + rest)
     product(spare, p, g)
     polynomial(3, q)
     product(q, g, spare)
     product(spare, q, g)
     polynomial(4, spare)
     product(spare, q, g)
-    _product(q, g, p)  # not quite symmetric
+    _product(q, g, p)  # P₅P₄ · P₃, whole
     _product(x, *((other, q.mT) if tall else (q, other)))
     return x
 
