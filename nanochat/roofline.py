@@ -19,8 +19,9 @@ second; over seconds the power limit lowers the clock, and all takes 1.027 times
 | all else, as counted since (v is read, norms read their rows once) | 116 GB | 31.2 | 75 % of the bandwidth |
 
 GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products:
-63 %; where half of symmetric products is computed, 60 %, in the Gram form 57 % (d24's squares in 11.7 ms, its 1:4 matrices in
-14.6, `benchmarks/muon.py`).
+63 %; where half of symmetric products is computed, 60 % (d24's squares in 11.7 ms, `benchmarks/muon.py`); in the Gram form 54 %,
+not measured: with one restart more d24's 1:4 matrices took 14.6 ms, and by single products (`nvfp8/kernels/symmetric.py`) that is
+1.6 more.
 
 The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
@@ -38,7 +39,7 @@ from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
 EFFICIENCY = {"FP8 GEMMs": 0.602, "bf16 GEMMs": 0.69, "attention": 0.502, "bytes": 0.75}
-POLAR = {"full": 0.63, "half": 0.60, "gram": 0.567, "small": 0.63}  # of Muon's products, by the way it goes
+POLAR = {"full": 0.63, "half": 0.60, "gram": 0.54, "small": 0.63}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
@@ -166,7 +167,7 @@ def polar_flops(rows: int, columns: int, products: str) -> float:
         products: "full", "small" (the same, in one launch), "half" or "gram".
     """
     short, k = min(rows, columns), max(rows, columns) / min(rows, columns)
-    return short**3 * {"full": 20 * k + 10, "small": 20 * k + 10, "half": 15 * k + 5, "gram": 9 * k + 11}[products]
+    return short**3 * {"full": 20 * k + 10, "small": 20 * k + 10, "half": 15 * k + 5, "gram": 6 * k + 16}[products]
 
 
 def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, float], dict[str, float]]:

@@ -9,7 +9,9 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | --- | --- | --- | --- | --- | --- |
 | full | XXᵀ 2k, A² 2, (bA + cA²)X 2k | 20k + 10 | 30 | 90 | 26.1 |
 | half | symmetric products once: XXᵀ k, A² 1, then 2k | 15k + 5 | 20 | 65 | 18.3 |
-| gram | G² 1, PG 1, PGP 1, PQ 1; three times XXᵀ k and QX 2k | 9k + 11 | 20 | 47 | 15.1 |
+| gram | sixteen on squares, below; twice XXᵀ k and QX 2k | 6k + 16 | 22 | 40 | 14.6 |
+
+With "half" for square matrices and "gram" for those of 1:4, as below, 13.9.
 
 **full**: `torch.baddbmm`, so that bA + cA² and aX + BX are one GEMM each, summed in fp32: against aX + (BX rounded to bf16) the
 error falls 2.5 to 5 times.
@@ -22,29 +24,40 @@ rounds to an eighth.
 **small**: one kernel makes all steps of a matrix of up to 32 × 32 (`nvfp8/kernels/polar_express.py`), in fp32.
 
 **gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
-so every product of them is symmetric. Q = P₅…P₁ is applied to X in the end. What it costs is accuracy: G is rounded relative to its
-largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out negative, P grows it
-like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and two restarts: Q is applied to X after two steps and again after the third,
-and G made anew. With one, after the third, all is well on spectra that decay exponentially or are of low rank; where they follow a
-power law, G's error of 3·10⁻⁵ is not small against the squares of singular values that Q, which is 130 by then, takes to 1.5 and
-beyond, where the polynomials diverge. Of a 384 × 1536 matrix, the largest deviation of a singular value from fp64's and
-‖X − X₆₄‖ / ‖X₆₄‖ (products summed in fp32 and rounded once, computed on a CPU):
+so every product of them is symmetric. Q, the product of all P, is applied to X in the end. What it costs is accuracy: G is rounded
+relative to its largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out
+negative, P grows it like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and a restart after two steps: Q, up to 32 by then, is
+applied to X, and G made anew. The other three multiply small singular values by 30, their squares in G by 900, and G's error of
+3·10⁻⁵ with them. Another restart, after the third, would cost 3k units more than the steps' products do; 5 units keep exact what
+matters:
 
-| spectrum | full, bf16 | gram, restart after 3 | after 2 and 4 | after 2 and 3 |
+* G's rest, in a second fp16 number (`symmetric_product_`): (G + rest)P₃ = GP₃ + rest·P₃. Where P₃ is 3.9, at small eigenvalues, the
+  rest weighs 15 times what it weighs in a G that is rounded after the third step, so from there on one number will do.
+* The order of P₅P₄P₃. P₃'s rounding does not commute with G, so it turns the eigenvectors of PGP, and of P₅P₄ with them. What it
+  takes from large singular vectors to small ones, P₅P₄ takes back; in P₃P₄P₅ it is multiplied by 30, in a symmetric product, half
+  of one and half of the other, by 15. So Q = (P₅P₄)P₃ is the one whole product of squares, 2 units.
+
+Of a 384 × 1536 matrix, the largest deviation of a singular value from fp64's and ‖X − X₆₄‖ / ‖X₆₄‖ (products summed in fp32 and
+rounded once, computed on a CPU), beside restarts without a rest, all products symmetric:
+
+| spectrum | full, bf16 | restart after 2 | after 2 and 3 | gram |
 | --- | --- | --- | --- | --- |
-| Gaussian | 0.005, 1.0 % | 0.001, 0.3 % | 0.002, 0.1 % | 0.002, 0.3 % |
-| decay to 10⁻³ | 0.016, 5.0 % | 0.004, 0.7 % | 0.003, 0.8 % | 0.002, 0.5 % |
-| decay to 10⁻⁴ | 0.030, 6.8 % | 0.005, 0.9 % | 0.003, 0.9 % | 0.001, 0.6 % |
-| decay to 10⁻⁶ | 0.035, 9.2 % | 0.003, 1.1 % | 0.005, 1.0 % | 0.002, 0.6 % |
-| 12 equal, noise 10⁻¹ | 0.005, 1.0 % | 0.005, 1.2 % | 0.001, 0.2 % | 0.002, 0.2 % |
-| 12 equal, noise 10⁻² | 0.002, 2.6 % | 0.002, 0.4 % | 0.001, 0.1 % | 0.001, 0.2 % |
-| 12 equal, noise 10⁻³ | 0.015, 20 % | 0.008, 0.9 % | 0.001, 0.4 % | 0.003, 0.5 % |
-| 1/i | 0.001, 1.4 % | 14.145, 72 % | 0.002, 0.3 % | 0.001, 0.3 % |
-| i^−1.5 | 0.004, 4.6 % | 0.214, 11 % | 0.004, 0.5 % | 0.002, 0.4 % |
-| i^−2 | 0.005, 6.8 % | 0.031, 5.2 % | 0.016, 0.9 % | 0.016, 0.7 % |
+| Gaussian | 0.005, 1.0 % | 0.002, 0.2 % | 0.002, 0.3 % | 0.002, 0.3 % |
+| decay to 10⁻³ | 0.016, 5.0 % | 0.121, 7.1 % | 0.002, 0.5 % | 0.006, 0.9 % |
+| decay to 10⁻⁴ | 0.030, 6.8 % | 0.096, 7.5 % | 0.002, 0.6 % | 0.004, 1.0 % |
+| decay to 10⁻⁶ | 0.035, 9.2 % | 0.097, 7.6 % | 0.002, 0.6 % | 0.004, 1.0 % |
+| 12 equal, noise 10⁻¹ | 0.005, 1.0 % | 0.002, 0.2 % | 0.002, 0.2 % | 0.002, 0.2 % |
+| 12 equal, noise 10⁻² | 0.002, 2.6 % | 0.001, 0.2 % | 0.001, 0.2 % | 0.001, 0.2 % |
+| 12 equal, noise 10⁻³ | 0.015, 20 % | 0.003, 0.5 % | 0.003, 0.5 % | 0.003, 0.5 % |
+| 1/i | 0.001, 1.4 % | 0.046, 1.6 % | 0.001, 0.3 % | 0.002, 0.4 % |
+| i^−1.5 | 0.004, 4.6 % | 0.010, 2.7 % | 0.002, 0.4 % | 0.005, 0.6 % |
+| i^−2 | 0.005, 6.8 % | 0.019, 4.0 % | 0.016, 0.7 % | 0.016, 0.8 % |
+| half of them 10⁻² | 0.017, 6.9 % | 0.281, 18 % | 0.001, 0.7 % | 0.012, 2.0 % |
+| half of them 10⁻³ | 0.036, 9.2 % | 0.271, 23 % | 0.001, 0.9 % | 0.012, 2.3 % |
 
-At 768 × 3072, restarts after 2 and 3, i^−1.5 is off by 0.006, 0.4 %, and i^−2 by 0.034, 1.5 % (full: 0.003, 4.9 %; 0.004, 7.0 %):
-Q's rounding, relative to its largest eigenvalue, falls on the first singular vector, whose own is small.
+At 768 × 3072 i^−1.5 is off by 0.005, 0.5 %, and i^−2 by 0.033, 1.6 % (full: 0.003, 4.9 %; 0.004, 7.0 %; restarts after 2 and 3:
+0.006, 0.4 %; 0.034, 1.5 %): Q's rounding, relative to its largest eigenvalue, falls on the first singular vector, whose own is
+small.
 
 Of a 1536 × 1536 matrix, with the largest singular value in fp64:
 
@@ -69,6 +82,7 @@ from torch import Tensor, distributed
 from nvfp8 import cublaslt
 from nvfp8.hardware import Capability, missing
 from nvfp8.ops import ops
+from nvfp8.reference_optim import REST
 
 # (a, b, c) for 5 steps with safety factor 2e-2 and cushion 2 (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -78,7 +92,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-RESTARTS = (2, 3)  # steps of the Gram form after which X follows
 # What X is multiplied by in fp16 until it is first multiplied. Of norm 1, a 1536 × 6144 matrix's G has elements of 8e-6 off the
 # diagonal, where fp16 has few bits left (below 6e-5); times 32² they are normal numbers, and G's largest eigenvalue, at most 1024,
 # is far below 65504. The first P multiplies small singular values by 8, and G's elements by 64, so nothing is lifted after it.
@@ -93,8 +106,8 @@ def fastest_products(rows: int, columns: int, dtype: torch.dtype, capability: Ca
     """The way that Muon goes for a shape.
 
     From the times of single products (`nvfp8/kernels/symmetric.py`; PX as cuBLAS's whole XXᵀ at k = 4, as many operations, 0.0093k
-    ms) the five steps of a 1536 × 1536k matrix should take an H200 0.079k + 0.035 ms by "half", 0.048k + 0.079 by "gram", the same
-    at k = 1.4; by "full" an H100 took 0.19 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on, the least at which its
+    ms) the five steps of a 1536 × 1536k matrix should take an H200 0.079k + 0.035 ms by "half", 0.032k + 0.111 by "gram", the same
+    at k = 1.6; by "full" an H100 took 0.19 (k = 1) and 0.53 (k = 4). "gram" is taken from k = 2 on, the least at which its
     accuracy was computed.
 
     Args:
@@ -193,23 +206,35 @@ def _half(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor, other: Tensor) -> Tensor:
-    tall, lift, product = x.size(-2) > x.size(-1), LIFT, ops(x).symmetric_product_
+    tall, product = x.size(-2) > x.size(-1), ops(x).symmetric_product_
     g, p, q, spare = _squares(x, 4)
-    for start, end in zip((0, *RESTARTS), (*RESTARTS, len(POLAR_EXPRESS)), strict=True):
-        steps, rows = POLAR_EXPRESS[start:end], x.mT if tall else x
-        product(rows, rows, g)  # lift² XXᵀ
-        for i, (a, b, c) in enumerate(steps):
-            product(g, g, p, alpha=c / lift**4, c=g, beta=b / lift**2, diagonal=a)
-            if i + 1 < len(steps):
-                product(p, g, spare)
-                product(spare, p, g)
-            if i == 0:
-                p, q = q, p
-            else:
-                product(p, q, spare)
-                q, spare = spare, q
-        _product(other, *((x, q) if tall else (q, x)), 1 / lift)
-        x, other, lift = other, x, 1.0
+
+    def polynomial(step: int, out: Tensor, lift: float = 1.0) -> None:
+        a, b, c = POLAR_EXPRESS[step]
+        product(g, g, out, alpha=c / lift**4, c=g, beta=b / lift**2, diagonal=a)
+
+    rows = x.mT if tall else x
+    product(rows, rows, g)  # LIFT² XXᵀ
+    polynomial(0, q, LIFT)
+    product(q, g, spare)
+    product(spare, q, g)  # LIFT² PGP
+    polynomial(1, p, LIFT)
+    product(p, q, spare)
+    _product(other, *((x, spare) if tall else (spare, x)), 1 / LIFT)
+
+    rows = other.mT if tall else other
+    product(rows, rows, g, rest=spare)
+    polynomial(2, p)
+    product(p, spare, q)
+    product(p, g, spare, c=q, beta=1 / REST)  # P(G + rest)
+    product(spare, p, g)
+    polynomial(3, q)
+    product(q, g, spare)
+    product(spare, q, g)
+    polynomial(4, spare)
+    product(spare, q, g)
+    _product(q, g, p)  # P₅P₄ · P₃, whole
+    _product(x, *((other, q.mT) if tall else (q, other)))
     return x
 
 

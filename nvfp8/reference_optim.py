@@ -231,9 +231,14 @@ def muon_descend_(
         _write_copies(weight, None if copies is None else copies[i])
 
 
+# By what `symmetric_product_` multiplies a rest. A rounding to fp16 takes off 2⁻¹¹ at most, so that is as large as what is kept.
+REST = 2.0**11
+
+
 def symmetric_product_(
-    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0
-) -> None:
+    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0,
+    rest: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write α·a·bᵀ + β·c + δ·I, of which the caller knows that it is symmetric: the upper half counts.
 
     Args:
@@ -244,12 +249,16 @@ def symmetric_product_(
         c: (n, m, m) symmetric, or None.
         beta: β.
         diagonal: δ.
+        rest: (n, m, m); written, exactly symmetric: REST times what `out`'s rounding took off. None if nobody asks for it.
     """
     value = alpha * (_wide(a) @ _wide(b).mT)
     if c is not None:
         value = value + beta * _wide(c)
     value.diagonal(dim1=-2, dim2=-1).add_(diagonal)
-    out.copy_(value.triu() + value.triu(1).mT)
+    value = value.triu() + value.triu(1).mT
+    out.copy_(value)
+    if rest is not None:
+        rest.copy_(REST * (value - _wide(out)))
 
 
 def polar_express_(x: Tensor, steps: tuple[float, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 XXᵀ, and any product of symmetric matrices that commute (powers and polynomials of one matrix), have nothing below the diagonal
 that is not above it. Of T × T tiles of 128 × 128, T(T + 1)/2 are computed: 78 of 144 at 1536 rows. βC + δI is added in fp32 before
-the one rounding, so bA + cA² and aI + bG + cG² are one launch.
+the one rounding, so bA + cA² and aI + bG + cG² are one launch. What the rounding takes off may be written beside the result.
 
 Persistent: a program walks over tiles, a matrix's first to last, so what runs together reads the same few matrices (a 1536 × 6144
 one has 18.9 MB; the L2 cache has 50). Two programs share a multiprocessor, so that one multiplies while the other writes its tile.
@@ -38,19 +38,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nvfp8 import reference_optim
 from nvfp8.kernels.fp8 import INTERPRETED, roomy
+
+_REST = tl.constexpr(reference_optim.REST)
 
 
 # No number is specialized: n, sizes and strides are only what descriptors are made of, and one binary serves all shapes.
 @triton.jit(do_not_specialize=["MATRICES", "SIZE", "DEPTH", "A_MATRIX", "A_LINE", "B_MATRIX", "B_LINE"])
 def _symmetric_product(
-    A, B, C, OUT, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, B_MATRIX, B_LINE, ALPHA, BETA, DIAGONAL,
+    A, B, C, OUT, REST, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, B_MATRIX, B_LINE, ALPHA, BETA, DIAGONAL,
     A_COLUMNS: tl.constexpr, B_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     a_tiles = _operand(A, MATRICES, SIZE, DEPTH, A_MATRIX, A_LINE, BLOCK, BK, A_COLUMNS)
     b_tiles = a_tiles if B is None else _operand(B, MATRICES, SIZE, DEPTH, B_MATRIX, B_LINE, BLOCK, BK, B_COLUMNS)
     c_tiles = None if C is None else _square(C, MATRICES, SIZE, BLOCK)
     out = _square(OUT, MATRICES, SIZE, BLOCK)
+    rest = None if REST is None else _square(REST, MATRICES, SIZE, BLOCK)
     blocks = tl.cdiv(SIZE, BLOCK)
     tiles = blocks * (blocks + 1) // 2
     # One stage: a square waits in memory that operands have left. In 32 KiB of its own, two programs would no longer fit.
@@ -60,10 +64,10 @@ def _symmetric_product(
         # Each with an end of its own: where sums meet behind a branch, ptxas waits for every wgmma before it begins the next.
         if B is None and m == n:
             square = _product(a_tiles, None, matrix, m, m, DEPTH, BLOCK, BK, A_COLUMNS, A_COLUMNS)
-            _finish(square, c_tiles, out, matrix, m, m, ALPHA, BETA, DIAGONAL, BLOCK)
+            _finish(square, c_tiles, out, rest, matrix, m, m, ALPHA, BETA, DIAGONAL, BLOCK)
         else:
             total = _product(a_tiles, b_tiles, matrix, m, n, DEPTH, BLOCK, BK, A_COLUMNS, B_COLUMNS)
-            _finish(total, c_tiles, out, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK)
+            _finish(total, c_tiles, out, rest, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK)
 
 
 @triton.jit
@@ -115,19 +119,28 @@ def _rows(X, matrix, row, k, ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _finish(total, C, OUT, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK: tl.constexpr):
-    """Write α·total + β·C + δ·I at (m, n) and its mirror image at (n, m)."""
+def _finish(total, C, OUT, REST, matrix, m, n, ALPHA, BETA, DIAGONAL, BLOCK: tl.constexpr):
+    """Write α·total + β·C + δ·I and what rounding takes off it."""
     total *= ALPHA
     if C is not None:
         total += BETA * C.load([matrix, m, n]).reshape(BLOCK, BLOCK).to(tl.float32)
     i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     total += tl.where((m == n) & (i == j), DIAGONAL, 0.0)
     result = total.to(OUT.dtype)
+    if REST is not None:
+        _mirror(REST, ((total - result.to(tl.float32)) * _REST).to(REST.dtype), matrix, m, n, BLOCK)
+    _mirror(OUT, result, matrix, m, n, BLOCK)
+
+
+@triton.jit
+def _mirror(OUT, tile, matrix, m, n, BLOCK: tl.constexpr):
+    """Write a tile at (m, n) and its mirror image at (n, m)."""
     if m == n:
-        OUT.store([matrix, m, n], tl.where(i <= j, result, result.T).reshape(1, BLOCK, BLOCK))
+        i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+        OUT.store([matrix, m, n], tl.where(i <= j, tile, tile.T).reshape(1, BLOCK, BLOCK))
     else:
-        OUT.store([matrix, m, n], result.reshape(1, BLOCK, BLOCK))
-        OUT.store([matrix, n, m], result.T.reshape(1, BLOCK, BLOCK))
+        OUT.store([matrix, m, n], tile.reshape(1, BLOCK, BLOCK))
+        OUT.store([matrix, n, m], tile.T.reshape(1, BLOCK, BLOCK))
 
 
 # BLOCK: rows and columns of a tile; BK: along k.
@@ -156,16 +169,18 @@ def _together(device: torch.device) -> int:
 
 
 def symmetric_product_(
-    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0
-) -> None:
-    """See `nvfp8.reference.symmetric_product_`; all of one dtype, `out` and `c` contiguous, rows of whole 16 bytes (TMA)."""
+    a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, c: Tensor | None = None, beta: float = 0.0, diagonal: float = 0.0,
+    rest: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See `nvfp8.reference.symmetric_product_`; all of one dtype, its squares contiguous, rows of whole 16 bytes (TMA)."""
     n, size, depth = a.shape
     assert (b is a or b.shape == a.shape) and out.shape == (n, size, size), "a and b must be (n, m, k), out (n, m, m)"
     assert a.dtype == b.dtype == out.dtype, "the operands and the result of a symmetric product have one dtype"
-    assert out.is_contiguous() and (c is None or c.is_contiguous()), "symmetric_product_ works on contiguous results"
-    assert c is None or (c.dtype == out.dtype and c.shape == out.shape), "c is to be as the result is"
-    for written in (out,) if c is None else (out, c):
-        _lines(written)
+    for square in (out, c, rest):
+        if square is not None:
+            assert square.is_contiguous(), "symmetric_product_ works on contiguous results"
+            assert square.dtype == out.dtype and square.shape == out.shape, "c and the rest are to be as the result is"
+            _lines(square)
     a_matrix, a_line, a_columns = _lines(a)
     b_matrix, b_line, b_columns = (0, 0, a_columns) if b is a else _lines(b)
     options = _tiles(out.dtype)
@@ -174,7 +189,7 @@ def symmetric_product_(
     triton.set_allocator(_scratch)  # at each launch: it holds for one thread, and autograd's run optimizers, too
     with torch.cuda.device_of(out):  # Triton launches on the current one
         _symmetric_product[(programs,)](
-            a, None if b is a else b, c, out, n, size, depth, a_matrix, a_line, b_matrix, b_line,
+            a, None if b is a else b, c, out, rest, n, size, depth, a_matrix, a_line, b_matrix, b_line,
             float(alpha), float(beta), float(diagonal), A_COLUMNS=a_columns, B_COLUMNS=b_columns, **options,
         )  # fmt: skip
 

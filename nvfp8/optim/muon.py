@@ -23,7 +23,7 @@ Bytes a parameter moved by one step, with fp32 gradients and a 16-bit workspace:
     momentum                 fp32 4    bf16 2    e4m3, e5m2 1.03 (fp32 scales of 128 elements are 3 %)
     weight                   fp32 4    bf16 beside an fp32 master 6    bf16 2    bf16+8 3    bf16+16 4
 By "half" and "gram" 34 in all where all is fp32, 23 with an e4m3 momentum and bf16+8 weights, and 20 more by "full"; 2 more for FP8
-copies, 4 less with bf16 gradients. At d24 (680 M) 19 are 13 GB, 3.1 ms at the 4.2 TB/s that an H200 copies, beside 15.1 TFLOP of
+copies, 4 less with bf16 gradients. At d24 (680 M) 19 are 13 GB, 3.1 ms at the 4.2 TB/s that an H200 copies, beside 13.9 TFLOP of
 GEMMs ("half" for square matrices, "gram" for 1:4).
 
 What lasts between two steps at d24, momentum and what is kept beside bf16 weights: 5.1 GiB as fp32 with fp32 masters, 1.3 GiB as

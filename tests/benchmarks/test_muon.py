@@ -16,7 +16,7 @@ def test_d24_has_the_matrices_and_the_operations_that_the_docstrings_say() -> No
     found = shapes(24)
     assert [found[shape] for shape in ((1536, 1536), (6144, 1536), (1536, 6144))] == [96, 24, 24]
     total = {way: sum(n * polar_flops(*shape, way) for shape, n in found.items()) / 1e12 for way in WAYS}
-    assert {way: round(value, 1) for way, value in total.items()} == {"full": 26.1, "half": 18.3, "gram": 15.1}
+    assert {way: round(value, 1) for way, value in total.items()} == {"full": 26.1, "half": 18.3, "gram": 14.6}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

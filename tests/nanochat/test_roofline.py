@@ -77,12 +77,12 @@ def test_polar_express_is_counted_as_muon_goes() -> None:
     full = Counted(Setup(GPTConfig.from_depth(24), bf16(), 1, capability=(8, 0)))
     assert work(full, 1).polar == {"full": pytest.approx(26.1e12, rel=0.01)}
     polar = work(counted(24, "L", "bf16", 1), 1).polar
-    assert polar == {"half": 96 * 20 * 1536**3, "gram": 48 * 47 * 1536**3}
-    assert sum(polar.values()) == pytest.approx(15.1e12, rel=0.01)
+    assert polar == {"half": 96 * 20 * 1536**3, "gram": 48 * 40 * 1536**3}
+    assert sum(polar.values()) == pytest.approx(13.9e12, rel=0.01)
     device = peaks("NVIDIA H200")
     assert device is not None
     took = seconds(work(counted(24, "L", "bf16", 1), 1), device, bf16())[1]["Muon's products"]
-    assert took == pytest.approx(11.74e-3 + 2 * 7.28e-3, rel=0.01)  # c15de00
+    assert took == pytest.approx(11.74e-3 + 2 * 7.28e-3 - 1.6e-3, rel=0.01)  # c15de00, less a restart
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,9 @@ def call_everything() -> None:
                     kernels.symmetric_product_(rows_first, rows_first, gram)
                 kernels.symmetric_product_(gram, gram, poly, 0.5, gram, -2.0, 4.0)
                 kernels.symmetric_product_(poly, gram, torch.zeros_like(gram))
+            for rows_first in (x, x.mT.contiguous().mT):  # what the Gram form needs beside them, in fp16
+                kernels.symmetric_product_(rows_first, rows_first, gram, rest=poly)
+            kernels.symmetric_product_(poly, gram, torch.zeros_like(gram), 1.0, gram, 0.5)
     compile_adamw(kernels)
     if CAPABILITY >= 89:  # Triton has no E4M3 before
         compile_fp8(kernels)

@@ -293,6 +293,48 @@ def test_a_polynomial_and_a_product_of_two_that_commute(shape: tuple[int, int, i
     torch.testing.assert_close(outs[2][0], 0.5 * square - 2 * g.double() + 4 * eye)
 
 
+@pytest.mark.parametrize("tall", [True, False])
+@pytest.mark.parametrize("shape", [(2, 16, 24), (1, 128, 64), (2, 136, 40), (1, 304, 96)])
+def test_a_rest_is_what_rounding_took_off(shape: tuple[int, int, int], tall: bool) -> None:
+    n, m, k = shape
+    x = random(n, k, m, seed=1, dtype=torch.float16).mT if tall else random(*shape, seed=1, dtype=torch.float16)
+    c, memory = torch.eye(m, dtype=torch.float16, device=DEVICE).repeat(n, 1, 1), x.new_full((n + 2, m, m), torch.nan)
+    rest = memory[1:-1]
+    truth = 0.5 * (x.double() @ x.double().mT) + 3 * c.double()
+    for module in (kernels, reference):
+        memory.fill_(torch.nan)
+        out, alone = torch.empty_like(c), torch.empty_like(c)
+        module.symmetric_product_(x, x, out, 0.5, c, 3.0, rest=rest)
+        module.symmetric_product_(x, x, alone, 0.5, c, 3.0)
+        assert memory[[0, -1]].isnan().all()
+        assert torch.equal(out, alone) and torch.equal(rest, rest.mT)
+        assert rest.abs().max() <= out.abs().max()
+        assert (out.double() + rest.double() / 2**11 - truth).norm() <= (out.double() - truth).norm() / 50
+
+
+def test_fp32_leaves_no_rest() -> None:
+    x = random(2, 12, 20, seed=1)
+    for module in (kernels, reference):
+        out, rest = (torch.full((2, 12, 12), torch.nan, device=DEVICE) for _ in range(2))
+        module.symmetric_product_(x, x, out, rest=rest)
+        assert not rest.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tall", [True, False])
+def test_two_numbers_hold_what_tensor_cores_sum(tall: bool) -> None:
+    """A sum of 6144 in fp32 is off by some 2^-17 at most, fp16 by 2^-12."""
+    x = random(2, *((6144, 1536) if tall else (1536, 6144)), seed=1, dtype=torch.float16) / 64
+    rows = x.mT if tall else x
+    out, rest = (torch.full((2, 1536, 1536), torch.nan, device="cuda", dtype=torch.float16) for _ in range(2))
+    kernels.symmetric_product_(rows, rows, out, rest=rest)
+    truth = rows.double() @ rows.double().mT
+    assert torch.equal(out, out.mT) and torch.equal(rest, rest.mT)
+    off = out.double() + rest.double() / 2**11 - truth
+    assert off.norm() <= (truth.to(torch.float16) - truth).norm() / 8
+    assert off.abs().max() <= 2**-15 * truth.abs().max()
+
+
 def test_rows_that_16_bytes_do_not_divide_are_refused() -> None:
     x, out = random(2, 8, 12, seed=1), torch.empty(2, 8, 8, device=DEVICE)
     memory = torch.empty(2 * 8 * 8 + 1, device=DEVICE)
