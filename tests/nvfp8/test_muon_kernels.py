@@ -323,7 +323,7 @@ def test_fp32_leaves_no_rest() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tall", [True, False])
 def test_two_numbers_hold_what_tensor_cores_sum(tall: bool) -> None:
-    """wgmma adds 16 products at a time and cuts off what fp32 does not hold, so sums of squares come out small: 384 cuts of 2^-23."""
+    """wgmma adds 16 products at a time and cuts off what fp32 does not hold: sums of squares come out small, by 384 times 2^-23."""
     x = random(2, *((6144, 1536) if tall else (1536, 6144)), seed=1, dtype=torch.float16) / 64
     rows = x.mT if tall else x
     out, rest = (torch.full((2, 1536, 1536), torch.nan, device="cuda", dtype=torch.float16) for _ in range(2))
