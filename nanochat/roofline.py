@@ -4,24 +4,23 @@
 
 Families do not overlap: one stream runs them one after the other, and in each one thing is what limits. The counts are of our
 layers; the efficiencies of an H200 (docs/results.md), taken as a property of the kernels, so another device is expected to reach
-the same part of its own peaks. That is the weakest assumption here. An H200 is predicted within 6 %: too fast at small widths,
-whose GEMMs reach less (bf16 and own FP8 at d8: 5 and 3 %), too slow by 3 % for own FP8 at d24. An H100 is predicted within 4 %, of
-whose ten runs two had a part in what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels
-where Hopper reaches 60 to 75 % in whole runs.
+the same part of its own peaks. That is the weakest assumption here. An H200 is predicted within 4 %, but for small widths, whose
+GEMMs reach less (d8 in bf16 and own FP8: 6 and 8 % too fast). An H100 is predicted within 4 %, of whose ten runs two had a part in
+what current and block scales cost; `spark` reaches 73 to 80 % of its peaks in single kernels where Hopper reaches 60 to 75 % in
+whole runs.
 
-Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (c15de00), per micro-batch by the profiler, in a fraction of a
-second; over seconds the power limit lowers the clock, and all takes 1.027 times as long (198.7 ms for 193.5):
+Measured, of a run of d24 in our own FP8 with 16 x 2048 tokens (6a0b4b3), per micro-batch by the profiler, in a fraction of a
+second; over seconds the power limit lowers the clock, and all takes 1.033 times as long (189.5 ms for 183.4):
 
 | family | counted | ms | of the peak, with that factor |
 | --- | --- | --- | --- |
-| GEMMs in FP8, three of them with what follows in their epilogues | 143.5 TFLOP | 117.2 | 60.2 % |
-| attention | 23.0 TFLOP, with 559 keys more a query than it sees | 45.1 | 50.2 % of bf16 |
-| all else, as counted since (v is read, norms read their rows once) | 116 GB | 31.2 | 75 % of the bandwidth |
+| GEMMs in FP8, three of them with what follows in their epilogues | 143.5 TFLOP | 111.8 | 62.8 % |
+| attention | 23.0 TFLOP, with 559 keys more a query than it sees | 44.9 | 50.0 % of bf16 |
+| all else | 109 GB | 26.8 | 82 % of the bandwidth |
 
-GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 69 %. Polar Express by full products:
-63 %; where half of symmetric products is computed, 60 % (d24's squares in 11.7 ms, `benchmarks/muon.py`); in the Gram form 54 %,
-not measured: with one restart more d24's 1:4 matrices took 14.6 ms, and by single products (`nvfp8/kernels/symmetric.py`) that is
-1.6 more.
+GEMMs in bf16: what whole steps of d12 and d24 leave when attention and bytes are taken off, 70 %, and those bytes' kernels in bf16
+and te, 75 %. Optimizers' passes as FP8's. Polar Express by full products: 63 %; where half of symmetric products is computed, 63 %
+(d24's squares in 11.1 ms, `benchmarks/muon.py`, 6a0b4b3); in the Gram form 56.5 % (d24's 1:4 matrices in 12.5 ms).
 
 The 559 keys: cuDNN's times at windows of 512, 768 and 2047 lie on a line through them (0.3 %).
 """
@@ -38,8 +37,8 @@ from nvfp8.head import CHUNK_BYTES
 from nvfp8.precision import FP8Precision, Precision, TEPrecision
 from nvfp8.recipe import GEMMS
 
-EFFICIENCY = {"FP8 GEMMs": 0.602, "bf16 GEMMs": 0.69, "attention": 0.502, "bytes": 0.75}
-POLAR = {"full": 0.63, "half": 0.60, "gram": 0.54, "small": 0.63}  # of Muon's products, by the way it goes
+EFFICIENCY = {"FP8 GEMMs": 0.628, "bf16 GEMMs": 0.70, "attention": 0.50, "bytes": 0.75, "bytes of own FP8": 0.82, "states": 0.82}
+POLAR = {"full": 0.63, "half": 0.63, "gram": 0.565, "small": 0.63}  # of Muon's products, by the way it goes
 KEYS_MORE = 559
 # Bytes that a block's kernels move a token and channel, forward and backward, between their GEMMs and attention.
 #   own, bf16: mix and norm 10, rotary and QK norm 13, the MLP's norm 8, relu² 16; backward relu² 24, norms 10 and 18, heads 19.
@@ -134,7 +133,8 @@ def _between(shape: GPTConfig, precision: Precision, tokens: int, matrices: int,
         moved += (8 + (2 if scaling == "current" else 0)) * logits  # the loss reads and writes them, then they are quantized
     elif isinstance(precision, FP8Precision) and len(precision.head_in_bf16) < len(GEMMS):
         chunks = max(1, logits // CHUNK_BYTES)
-        moved += 6 * logits + (chunks - 1) * 4 * head  # read for the loss and its gradient; dW is added in a GEMM
+        # Logits read once, their gradient in two layouts; dx scaled by rows, x read once more for dW, which is added in a GEMM.
+        moved += 4 * logits + 6 * x + (chunks - 1) * 4 * head
     else:
         chunks = max(1, logits * precision.compute_dtype.itemsize // CHUNK_BYTES)
         moved += 4 * logits + chunks * 8 * head  # dW is read and written once a chunk
@@ -188,14 +188,15 @@ def seconds(done: Work, peaks: Peaks, precision: Precision) -> tuple[dict[str, f
         if peak is None:
             raise ValueError(f"{precision.name} on a device without units for its GEMMs")
         micro[name] = done.fp8 * _SLOWER.get(scaling, 1.0) / (peak * EFFICIENCY["FP8 GEMMs"])
+    between = "bytes of own FP8" if isinstance(precision, FP8Precision) else "bytes"
     micro |= {
         "bf16 GEMMs": done.bf16 / (peaks.bf16 * EFFICIENCY["bf16 GEMMs"]),
         "attention": done.attention / (peaks.bf16 * EFFICIENCY["attention"]),
-        "norms, casts, losses, sums": done.moved / (peaks.bandwidth * EFFICIENCY["bytes"]),
+        "norms, casts, losses, sums": done.moved / (peaks.bandwidth * EFFICIENCY[between]),
     }
     step = {
         "Muon's products": sum(flops / (peaks.bf16 * POLAR[products]) for products, flops in done.polar.items()),
-        "states and weights": done.updated / (peaks.bandwidth * EFFICIENCY["bytes"]),
+        "states and weights": done.updated / (peaks.bandwidth * EFFICIENCY["states"]),
     }
     return micro, step
 
@@ -251,18 +252,18 @@ MEASURED = (
     Measured(_H100, 12, 32, "L", "te current", 560_993, 27.52, "48cd68f"),
     Measured(_H100, 12, 32, "L", "te blockwise", 537_881, 30.11, "48cd68f"),
     Measured(_H200, 8, 32, "L", "bf16", 1_318_180, 7.02, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "bf16", 578_605, 15.14, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "bf16", 597_660, 15.14, "6a0b4b3", graphs=True, captured_updates=True),
     Measured(_H200, 16, 16, "L", "bf16", 294_590, 15.94, "fa9f877", graphs=True, captured_updates=True),
-    Measured(_H200, 24, 16, "L", "bf16", 107_626, 37.08, "fa9f877", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "bf16", 111_196, 37.08, "6a0b4b3", graphs=True, captured_updates=True),
     Measured(_H200, 24, 16, "SSSL", "bf16", 110_934, 37.08, "c15de00", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "te delayed", 675_010, 27.39, "fa9f877"),
-    Measured(_H200, 24, 16, "L", "te delayed", 140_670, 50.98, "fa9f877"),
-    Measured(_H200, 8, 32, "L", "fp8 delayed", 1_821_865, 6.41, "07df4b8", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 834_467, 13.31, "07df4b8", graphs=True, captured_updates=True),
-    Measured(_H200, 16, 16, "L", "fp8 delayed", 434_515, 14.71, "07df4b8", graphs=True, captured_updates=True),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 167_592, 34.21, "07df4b8", graphs=True, captured_updates=True),
-    Measured(_H200, 12, 32, "L", "fp8 delayed", 834_963, 12.31, "07df4b8", graphs=True, captured_updates=True, formats=SMALL),
-    Measured(_H200, 24, 16, "L", "fp8 delayed", 168_223, 28.83, "07df4b8", graphs=True, captured_updates=True, formats=SMALL),
+    Measured(_H200, 12, 32, "L", "te delayed", 702_400, 27.36, "6a0b4b3"),
+    Measured(_H200, 24, 16, "L", "te delayed", 144_165, 50.95, "6a0b4b3"),
+    Measured(_H200, 8, 32, "L", "fp8 delayed", 1_876_714, 6.47, "6a0b4b3", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 850_320, 13.30, "6a0b4b3", graphs=True, captured_updates=True),
+    Measured(_H200, 16, 16, "L", "fp8 delayed", 441_348, 14.70, "6a0b4b3", graphs=True, captured_updates=True),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 169_394, 34.20, "6a0b4b3", graphs=True, captured_updates=True),
+    Measured(_H200, 12, 32, "L", "fp8 delayed", 848_967, 12.30, "6a0b4b3", graphs=True, captured_updates=True, formats=SMALL),
+    Measured(_H200, 24, 16, "L", "fp8 delayed", 169_346, 28.82, "6a0b4b3", graphs=True, captured_updates=True, formats=SMALL),
 )
 # By others, not with this code: karpathy/nanochat's own FP8, which scales currently, d24, SSSL, on a DGX Spark.
 PUBLISHED_SPARK = 13_125

@@ -46,7 +46,7 @@ def test_predictions_are_within_15_percent_of_measurements(run: Measured) -> Non
     rate = tokens_per_second(work(what, run.rows), device, what.setup.precision, run.rows * LENGTH, MICRO_BATCHES)
     assert rate == pytest.approx(run.tokens_per_second, rel=0.15)
     # What the planner's notes say.
-    assert rate == pytest.approx(run.tokens_per_second, rel=0.04 if "H100" in run.device else 0.06)
+    assert rate == pytest.approx(run.tokens_per_second, rel=0.08 if run.depth == 8 else 0.04)
 
 
 @pytest.mark.parametrize("run", MEASURED, ids=lambda m: f"d{m.depth}-{m.window}-{m.label}-{m.formats.momentum}")
@@ -58,18 +58,15 @@ def test_peaks_are_within_5_percent_of_measurements(run: Measured) -> None:
 
 
 def test_efficiencies_are_those_of_the_profile() -> None:
-    """d24, own FP8, 16 x 2048 tokens, docs/results.md: ms of GEMMs, attention and all else; and what a run takes longer.
-
-    Of 1.5 ms of additions to gradients those to lm_head's are left, 0.1: GEMMs have the others now.
-    """
-    device, what, longer = peaks("NVIDIA H200"), counted(24, "L", "fp8 delayed", 16), 198.7 / 193.5
+    """d24, own FP8, 16 x 2048 tokens, docs/results.md: ms of GEMMs, attention and all else; and what a run takes longer."""
+    device, what, longer = peaks("NVIDIA H200"), counted(24, "L", "fp8 delayed", 16), 189.5 / 183.42
     assert device is not None and device.fp8 is not None
     done = work(what, 16)
-    assert done.fp8 / 117.2e-3 / longer / device.fp8 == pytest.approx(EFFICIENCY["FP8 GEMMs"], rel=0.01)
-    assert done.attention / 45.1e-3 / longer / device.bf16 == pytest.approx(EFFICIENCY["attention"], rel=0.01)
-    assert done.moved / (28.8 + 0.1 + 0.9) * 1e3 / longer / device.bandwidth == pytest.approx(EFFICIENCY["bytes"], rel=0.02)
+    assert done.fp8 / 111.76e-3 / longer / device.fp8 == pytest.approx(EFFICIENCY["FP8 GEMMs"], rel=0.01)
+    assert done.attention / 44.90e-3 / longer / device.bf16 == pytest.approx(EFFICIENCY["attention"], rel=0.01)
+    assert done.moved / 26.76e-3 / longer / device.bandwidth == pytest.approx(EFFICIENCY["bytes of own FP8"], rel=0.01)
     micro, _ = seconds(done, device, what.setup.precision)
-    assert sum(micro.values()) == pytest.approx(198.7e-3, rel=0.01)
+    assert sum(micro.values()) == pytest.approx(189.5e-3, rel=0.01)
 
 
 def test_polar_express_is_counted_as_muon_goes() -> None:
@@ -82,7 +79,7 @@ def test_polar_express_is_counted_as_muon_goes() -> None:
     device = peaks("NVIDIA H200")
     assert device is not None
     took = seconds(work(counted(24, "L", "bf16", 1), 1), device, bf16())[1]["Muon's products"]
-    assert took == pytest.approx(11.74e-3 + 2 * 7.28e-3 - 1.6e-3, rel=0.01)  # c15de00, less a restart
+    assert took == pytest.approx(11.14e-3 + 6.18e-3 + 6.27e-3, rel=0.01)  # 6a0b4b3
 
 
 @pytest.mark.parametrize(
