@@ -351,8 +351,8 @@ def _notes(known: Peaks, rows: list[Row]) -> list[str]:
         "The peaks: " + "; ".join(f"{row.choice.label}: {row.memory.moment}" for row in rows) + ".",
         "Memory is counted; beside 25 measured runs on an H100 and an H200 it errs by 1.1 % at most; on other chips nothing was",
         "measured. Time takes efficiencies measured on an H200 as parts of this GPU's peaks: within 4 % of 11 runs there, of which",
-        "it is partly made, two of d8 6 and 8 % too fast, and within 4 % of 10 runs on an H100, all but two not part of it; on other",
-        "GPUs it is a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",
+        "it is partly made, two of d8 6 and 8 % too fast, and within 4 % of 10 runs on an H100, all but two not part of it; on",
+        "other GPUs it is a prediction that no run of ours has tested. Attention is taken to be cuDNN's.",
         "kWh: the board at its power limit, the rest of the machine not counted. At most: rows of any number that fit.",
     ]
     if any(sum(row.time[0].values()) < LAUNCHES * row.layers for row in rows):
