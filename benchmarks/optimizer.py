@@ -12,7 +12,8 @@ it, state and gradient. AdamW is one pass over memory: `adamw_gpu_ms` is its tim
 write, and `adamw_of_copy` the share of the copy rate measured beside it.
 
 `step_ms`, `step_host_ms` and `step_gpu_ms` are of both in one CUDA graph, as a run on one GPU makes its steps
-(`nanochat/updates.py`): gradients where they were, FP8 copies of weights written where layers have them.
+(`nanochat/updates.py`): gradients where they were, FP8 copies of weights written where layers have them. `kernels_ms` are that
+graph's kernels under the profiler, the largest first; AdamW's run beside Muon's, for which they wait.
 
 With FP8 layers, whose copies of weights optimizers write, `<kind>_gpu_ms_with_copies` and `…_without_copies` are what they take on
 the GPU, and `cast_gpu_ms` what the layers take instead to cast all weights. The first figures are without copies.
@@ -38,6 +39,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.micro_batches import MicroBatches, refusal
 from nanochat.optimizer import NamedOptimizer, StoredByName
 from nanochat.param_groups import groups, ownership
+from nanochat.step_profile import recorded
 from nvfp8.optim.update import Replayed
 from nvfp8.quantize import Projection
 from nvfp8.scaling import Scaling
@@ -104,8 +106,8 @@ def beside_copies(
     return {**result, "cast_gpu_ms": round(milliseconds, 3)}
 
 
-def in_a_graph(model: GPT, optimizers: Sequence[StoredByName], steps: int) -> dict[str, float]:
-    """Milliseconds of all optimizers' steps, replayed: in all, until the call returns, and on the GPU alone."""
+def in_a_graph(model: GPT, optimizers: Sequence[StoredByName], steps: int) -> dict[str, float | dict[str, float]]:
+    """Milliseconds of all optimizers' steps, replayed: in all, until the call returns, on the GPU alone, and by its kernels."""
     replayed, capture = Replayed(optimizers), MicroBatches(model, None).capture
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -127,8 +129,11 @@ def in_a_graph(model: GPT, optimizers: Sequence[StoredByName], steps: int) -> di
         torch.cuda.synchronize()
         times.append((1e3 * (time.perf_counter() - start), 1e3 * (host - start)))
     whole, of_host = (statistics.median(values) for values in zip(*times[WARM:], strict=True))
+    of_gpu = gpu_milliseconds(step, steps, renew)
+    kernels = sorted(recorded(step, torch.device("cuda")).kernels(), key=lambda kernel: -kernel[2])
     return {
-        "step_ms": round(whole, 2), "step_host_ms": round(of_host, 2), "step_gpu_ms": round(gpu_milliseconds(step, steps, renew), 2)
+        "step_ms": round(whole, 2), "step_host_ms": round(of_host, 2), "step_gpu_ms": round(of_gpu, 2),
+        "kernels_ms": {name[:60]: round(ms, 3) for name, _, ms in kernels[:14]},
     }  # fmt: skip
 
 

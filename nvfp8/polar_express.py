@@ -9,7 +9,7 @@ Three ways to compute the same five polynomials, in units of m³ floating-point 
 | --- | --- | --- | --- | --- | --- |
 | full | XXᵀ 2k, A² 2, (bA + cA²)X 2k | 20k + 10 | 30 | 90 | 26.1 |
 | half | symmetric products once: XXᵀ k, A² 1, then 2k | 15k + 5 | 20 | 65 | 18.3 |
-| gram | sixteen on squares, below; twice XXᵀ k and QX 2k | 6k + 16 | 22 | 40 | 14.6 |
+| gram | steps 1, 2: squares 5; 3 to 5: squares 11; twice XXᵀ k and QX 2k | 6k + 16 | 22 | 40 | 14.6 |
 
 With "half" for square matrices and "gram" for those of 1:4, as below, 13.9.
 
@@ -26,10 +26,10 @@ rounds to an eighth.
 **gram**: all five polynomials are of the same G = XXᵀ, so X itself need not follow. P takes X to PX and G to PGP; P and G commute,
 so every product of them is symmetric. Q, the product of all P, is applied to X in the end. What it costs is accuracy: G is rounded
 relative to its largest eigenvalue, so a singular value below √ε of the largest is lost in G, and where an eigenvalue comes out
-negative, P grows it like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and a restart after two steps: Q, up to 32 by then, is
+negative, P grows it like any other. Hence fp16 (ε = 2⁻¹¹; bf16 has 2⁻⁸), and a restart after two steps: Q, up to 33 by then, is
 applied to X, and G made anew. The other three multiply small singular values by 30, their squares in G by 900, and G's error of
-3·10⁻⁵ with them. Another restart, after the third, would cost 3k units more than the steps' products do; 5 units keep exact what
-matters:
+3·10⁻⁵ with them. Another restart, after the third, would cost 3k units more; without it PG, PGP and a product for Q take 3, and
+two more units keep what matters:
 
 * G's rest, in a second fp16 number (`symmetric_product_`): (G + rest)P₃ = GP₃ + rest·P₃. Where P₃ is 3.9, at small eigenvalues, the
   rest weighs 15 times what it weighs in a G that is rounded after the third step, so from there on one number will do.

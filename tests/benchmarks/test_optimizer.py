@@ -62,6 +62,7 @@ def test_a_small_model_is_timed() -> None:
         assert 2 < result[f"{kind}_parameter_bytes"] < 17
     assert result["adamw_of_copy"] > 0  # more than 1 where all fits into the cache
     assert 0 < result["step_host_ms"] <= result["step_ms"] and result["step_gpu_ms"] > 0
+    assert "_adamw" in result["kernels_ms"] and all(ms > 0 for ms in result["kernels_ms"].values())
     done = forked.run([*COMMAND, "--precision", "fp8"], os.environ)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
