@@ -112,7 +112,7 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
         site, dy, recipe = projection.x, projection.dy, projection.recipe
         in_fp8 = {gemm: gemm not in projection.in_bf16 for gemm in GEMMS}
         kernels, shape = site.kernels(x), (len(x), len(weight))
-        x_q = x_t = q = q_t = factors = None
+        x_q = q = q_t = factors = None
         if in_fp8["fprop"]:
             x_q, _ = kernels.quantize(x, site.scale, site.dtype, site.amax, rows=True, columns=False)
         if dx is not None and in_fp8["dgrad"]:
@@ -126,7 +126,8 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             logits = matmul(x[part], weight.t()) if x_q is None else projection.fprop(x_q[part], site.inverse, w, x.dtype)
             if dx is None:
                 losses[part] = kernels.softcap_cross_entropy_(logits, targets[part], self.vocab, self.softcap, None)
-            elif q is not None and q_t is not None and factors is not None:
+            elif factors is not None:
+                assert q is not None and q_t is not None
                 kernels.softcap_cross_entropy_quantize(
                     logits, targets[part], losses[part], factors[part], self.vocab, self.softcap, dy.scale, q[part], q_t[:, part]
                 )
@@ -149,9 +150,8 @@ class FP8LinearCrossEntropy(LinearCrossEntropy):
             if factors is not None:
                 kernels.scale_rows_(dx, factors)
         if q_t is not None:
-            x_t = kernels.quantize(
-                x, site.scale, site.dtype, site.amax if x_q is None else None, rows=False, columns=True, factors=factors
-            )[1]
+            amax = site.amax if x_q is None else None  # else x was measured
+            _, x_t = kernels.quantize(x, site.scale, site.dtype, amax, rows=False, columns=True, factors=factors)
             dw = fp8_matmul(
                 q_t, x_t, inverse, site.inverse, torch.float32, recipe.wgrad.fast_accumulation, emulated=projection.emulated,
                 out=dw, add=dw is not None,
